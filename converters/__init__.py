@@ -1,0 +1,20 @@
+"""Encodings: one sparse matrix to named tensors and back, and writers for foreign formats.
+
+`ENCODINGS` is the registry; `SparseMatrix` is the form they all share. ``trim_export.converters.scipy`` is imported
+by name, so that reading an artifact does not need scipy.
+"""
+
+from __future__ import annotations
+
+from trim_export.converters.bitmap import Bitmap
+from trim_export.converters.bsr import Bsr
+from trim_export.converters.csr import Csr
+from trim_export.converters.dense import Dense
+from trim_export.converters.encoding import Encoding, nbytes
+from trim_export.converters.matrix import SparseMatrix
+
+__all__ = ["ENCODINGS", "Bitmap", "Bsr", "Csr", "Dense", "Encoding", "SparseMatrix", "nbytes"]
+
+_KNOWN: tuple[Encoding, ...] = (Bitmap(), Csr(), Bsr(), Dense())
+
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _KNOWN}

@@ -1,0 +1,72 @@
+"""What every sparse layer can do besides multiply: say what it holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trim_export.converters import SparseMatrix
+
+__all__ = ["Layout", "Runtime", "SparseLinear", "tensor_bytes"]
+
+
+class SparseLinear(nn.Module, ABC):
+    """``y = x W^T + b`` with a sparse W; takes the place of an `nn.Linear`.
+
+    Attributes:
+        in_features, out_features: columns and rows of W.
+        bias: ``[out_features]`` or None.
+    """
+
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @abstractmethod
+    def matrix(self) -> SparseMatrix:
+        """The stored weights, bit for bit, on the CPU."""
+
+    def extra_repr(self) -> str:
+        """Shape, as `nn.Linear` prints it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where and in what arrangement a layer shall be built.
+
+    Attributes:
+        device: that it executes on.
+        block: block size when the artifact stores blocks, else None.
+    """
+
+    device: torch.device
+    block: tuple[int, int] | None = None
+
+
+class Runtime(Protocol):
+    """A way to execute sparse layers."""
+
+    @property
+    def name(self) -> str:
+        """The word a user types for it."""
+        ...
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used on this machine, as a sentence; None when it can."""
+        ...
+
+    def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
+        """A layer that executes ``matrix``, which came out of a decoder and is therefore valid."""
+        ...
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers of a module: what its weights occupy in memory."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()]}
+    return sum(tensors.values())

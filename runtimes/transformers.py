@@ -1,0 +1,264 @@
+"""Loading an artifact with transformers: our entry in its table of quantisation methods.
+
+    import trim_export.runtimes
+    model = AutoModelForCausalLM.from_pretrained(directory)
+
+Before any weight is read, each pruned `nn.Linear` is replaced by a placeholder whose parameters have exactly the
+stored shapes (taken from the files' headers); once they are filled, every matrix is decoded, which checks its structure
+in full, and the placeholder gives way to a layer of the chosen runtime. Saving goes the other way, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
+from trim_export.errors import ArtifactError, EnvironmentLacks, choose
+from trim_export.runtimes.dense import DenseRuntime, dense_linear
+from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
+from trim_export.runtimes.torch_sparse import TorchSparseRuntime
+
+__all__ = ["METHOD", "RUNTIMES", "TrimSparseConfig", "TrimSparseQuantizer", "load", "pick_runtime"]
+
+METHOD = "trim-sparse"
+FORMAT_VERSION = 1
+
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (TorchSparseRuntime(), DenseRuntime())}
+"""Runtimes by name, the preferred one first."""
+
+STORED_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+def load(
+    directory: Path | str, runtime: str = "auto", dtype: torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load an artifact for execution; never touches the network.
+
+    Args:
+        directory: the artifact.
+        runtime: a name in `RUNTIMES`, or ``auto`` for the best that is available. ``dense`` gives an ordinary model.
+        dtype: to compute in; the stored one if None.
+        device: to load to.
+
+    Raises:
+        ArtifactError: damaged or inconsistent; names file, module and reason.
+        UsageError: unknown runtime.
+        EnvironmentLacks: a runtime that is not available here.
+    """
+    pick_runtime(runtime)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        raise ArtifactError(f"{directory}: config.json does not describe a trim-export artifact")
+    settings["runtime"] = runtime
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype or "auto", device_map={"": device} if device != "cpu" else None,
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def pick_runtime(name: str) -> Runtime:
+    """The runtime of that name, or for ``auto`` the first available one."""
+    if name == "auto":
+        return next(runtime for runtime in RUNTIMES.values() if runtime.unavailable() is None)
+    runtime = choose("runtime", name, RUNTIMES)
+    reason = runtime.unavailable()
+    if reason:
+        raise EnvironmentLacks(f"runtime {name}: {reason}")
+    return runtime
+
+
+@register_quantization_config(METHOD)
+class TrimSparseConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact's config.json.
+
+    Attributes:
+        format_version: of the artifact.
+        encoding: name in `ENCODINGS`.
+        modules: names of the pruned linear modules.
+        runtime: chosen at load, never stored.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        encoding: str = "bitmap",
+        modules: Iterable[str] = (),
+        runtime: str = "auto",
+        how_to_load: str = "",
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if format_version > FORMAT_VERSION:
+            raise ArtifactError(f"artifact format {format_version} is newer than this trim-export reads; upgrade it")
+        if unknown:
+            raise ArtifactError(f"config.json: unknown keys in quantization_config: {sorted(unknown)}")
+        choose("encoding", encoding, ENCODINGS)
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.encoding = encoding
+        self.modules = list(modules)
+        self.runtime = runtime
+        self.how_to_load = how_to_load
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json."""
+        return {name: value for name, value in super().to_dict().items() if name != "runtime"}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Where a tensor is stored and what its file's header says of it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _StoredLinear(nn.Module):
+    """Placeholder while weights are read: parameters named and shaped as they are stored."""
+
+    def __init__(self, linear: nn.Linear, headers: Mapping[str, _Header]) -> None:
+        super().__init__()
+        self.shape = (linear.out_features, linear.in_features)
+        self.file = next(iter(headers.values())).file
+        for suffix, header in headers.items():
+            dtype = STORED_DTYPES[header.dtype]
+            if dtype.is_floating_point:
+                dtype = linear.weight.dtype
+            self.register_parameter(
+                suffix, nn.Parameter(torch.empty(header.shape, dtype=dtype, device="meta"), requires_grad=False)
+            )
+        self.bias = linear.bias
+
+    def decode(self, encoding: Encoding) -> SparseMatrix:
+        stored = {suffix: getattr(self, suffix).data.cpu() for suffix in encoding.tensors}
+        return encoding.decode(stored, self.shape)
+
+
+@register_quantizer(METHOD)
+class TrimSparseQuantizer(HfQuantizer):
+    """The hooks that transformers calls while it loads and saves an artifact."""
+
+    requires_calibration = True  # transformers cannot prune on the fly; it only loads what is already pruned
+    quantization_config: TrimSparseConfig
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the artifact stores its matrices."""
+        return ENCODINGS[self.quantization_config.encoding]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        headers = _read_headers(checkpoint_files or [])
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for name in self.quantization_config.modules:
+            path = _name_in(model, name, linears)
+            if path is None:
+                raise ArtifactError(f"{name}: {type(model).__name__} has no linear module of that name")
+            stored = {suffix: headers.get(f"{name}.{suffix}") for suffix in self.encoding.tensors}
+            missing = [suffix for suffix, header in stored.items() if header is None]
+            if missing:
+                raise ArtifactError(f"{name}: {missing[0]} is in none of the artifact's files")
+            found = {suffix: header for suffix, header in stored.items() if header is not None}
+            odd = [suffix for suffix, header in found.items() if header.dtype not in STORED_DTYPES]
+            if odd:
+                raise ArtifactError(f"{found[odd[0]].file}: {name}.{odd[0]} has dtype {found[odd[0]].dtype}")
+            model.set_submodule(path, _StoredLinear(linears[path], found))
+        _refuse_missing(model, headers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        runtime = pick_runtime(self.quantization_config.runtime)
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, _StoredLinear):
+                continue
+            device = next(module.parameters()).device
+            if device.type == "meta":
+                raise EnvironmentLacks(f"{name}: sparse layers cannot be offloaded; load the model to one device")
+            try:
+                matrix = module.decode(self.encoding)
+            except ArtifactError as error:
+                raise ArtifactError(f"{module.file}: {name}: {error}") from error
+            block = _block_of(module) if isinstance(self.encoding, Bsr) else None
+            model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
+        if isinstance(runtime, DenseRuntime):
+            self.remove_quantization_config(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's tensors with every sparse layer in the artifact's encoding again."""
+        state = dict(model.state_dict())
+        for name, module in model.named_modules():
+            if isinstance(module, SparseLinear):
+                encoding = Bsr(module.block) if isinstance(self.encoding, Bsr) else self.encoding
+                encoded = encoding.encode(module.matrix())
+                state |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # transformers passes what config.json says
+            dtype = getattr(torch, dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SparseLinear):
+                device = next(module.buffers()).device
+                model.set_submodule(name, dense_linear(module.matrix(), module.bias, dtype).to(device))
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """Sparse layers have no gradient."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the artifact's tensors again."""
+        return True
+
+
+def _read_headers(files: Iterable[str]) -> dict[str, _Header]:
+    headers = {}
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                piece = shard.get_slice(name)
+                headers[name] = _Header(file, tuple(piece.get_shape()), piece.get_dtype())
+    return headers
+
+
+def _name_in(model: PreTrainedModel, name: str, known: Mapping[str, Any]) -> str | None:
+    """A stored name as this model says it: `AutoModel` loads the base model, without the prefix."""
+    prefix = f"{model.base_model_prefix}."
+    return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), None)
+
+
+def _refuse_missing(model: PreTrainedModel, headers: Mapping[str, _Header]) -> None:
+    """Transformers initialises what it does not find at random, with a warning; an artifact must be whole."""
+    tied = set(model.all_tied_weights_keys)
+    for name, _ in model.named_parameters():
+        if name not in tied and _name_in(model, name, headers) is None:
+            raise ArtifactError(f"{name} is in none of the artifact's files")
+
+
+def _block_of(module: nn.Module) -> tuple[int, int]:
+    _, rows, columns = module.weight_values.shape  # type: ignore[union-attr, operator]
+    return int(rows), int(columns)

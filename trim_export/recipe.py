@@ -1,0 +1,98 @@
+"""Everything that decides the bytes of an artifact, as one value that can be written down and compared."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trim_export.errors import UsageError, choose
+from trim_export.layer_budgets import LAYER_BUDGETS, LayerBudget, Uniform
+from trim_export.row_budgets import ROW_BUDGETS
+from trim_export.scores import SCORES
+from trim_export.storage import canonical_json
+from trim_export.trim import EXACT, PAPER, ROW_CAP, Policy
+
+__all__ = ["RECIPES", "Recipe", "first_difference", "make_recipe"]
+
+POLICIES: dict[str, Policy] = {"exact": EXACT, "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a pruning run.
+
+    Attributes:
+        sparsity: share of weights pruned over all blocks, in [0, 1).
+        score: name in `SCORES`.
+        layers: the block budget with its parameters.
+        rows: name in `ROW_BUDGETS`.
+        counts: ``exact`` (counts sum to the target, never above the cap) or ``paper`` (the authors' code to the bit).
+        calibration: text file, data set or ``self``.
+        samples: calibration windows.
+        sequence_length: tokens of each window.
+        seed: of the calibration draw.
+    """
+
+    sparsity: float
+    score: str = "wanda"
+    layers: LayerBudget = Uniform()
+    rows: str = "trim"
+    counts: str = "exact"
+    calibration: str = "self"
+    samples: int = 128
+    sequence_length: int = 128
+    seed: int = 0
+
+    @property
+    def policy(self) -> Policy:
+        """How row sparsities become counts."""
+        return POLICIES[self.counts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, as the manifest stores them."""
+        return asdict(self)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {"score": "wanda", "rows": "trim", "counts": "paper"},
+}
+"""Named starting points; an option given on the command line replaces the recipe's value."""
+
+
+def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
+    """Start from a named recipe, replace what was ``given`` (None means not given), and validate the result.
+
+    Raises:
+        UsageError: naming the first value that cannot be.
+    """
+    values = choose("recipe", name, RECIPES) | {key: value for key, value in given.items() if value is not None}
+    recipe = replace(Recipe(sparsity), **values)
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {sparsity} is outside [0, 1)")
+    choose("score", recipe.score, SCORES)
+    choose("layer budget", recipe.layers.name, LAYER_BUDGETS)
+    choose("row budget", recipe.rows, ROW_BUDGETS)
+    if recipe.rows == "trim" and sparsity > ROW_CAP:
+        raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
+    for field in ("samples", "sequence_length"):
+        if getattr(recipe, field) < 1:
+            raise UsageError(f"{field.replace('_', ' ')} must be at least 1")
+    return recipe
+
+
+def fingerprint(run: dict[str, Any]) -> str:
+    """Short hash of everything that decides the bytes."""
+    return hashlib.sha256(canonical_json(run)).hexdigest()[:16]
+
+
+def first_difference(mine: Any, theirs: Any, path: str = "") -> str | None:
+    """Name the first field in which two JSON values differ, with both values; None when they are equal."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            found = first_difference(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if mine == theirs else f"{path} (there {theirs!r}, here {mine!r})"

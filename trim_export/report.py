@@ -1,0 +1,138 @@
+"""Tables and text that people read, made from manifests and measurements."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["block_table", "megabytes", "model_card", "module_table", "summary_table", "table"]
+
+
+def megabytes(count: float) -> str:
+    """Bytes as decimal megabytes."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A plain table whose first column is text and the others are right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        result.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows:
+        result.add_row(*("-" if cell is None else str(cell) for cell in row))
+    return result
+
+
+def summary_table(manifest: dict[str, Any]) -> Table:
+    """What an artifact is and what it saves."""
+    sizes, sparsity, recipe = manifest["bytes"], manifest["sparsity"], manifest["run"]["recipe"]
+    return table(
+        "artifact",
+        ("", "value"),
+        [
+            ("source model", f"{manifest['source']['model']} ({manifest['source']['dtype']})"),
+            ("method", _method(recipe)),
+            ("sparsity", f"{sparsity['achieved']:.5f} (target {sparsity['target']:g})"),
+            ("pruned matrices", len(manifest["modules"])),
+            ("weight files", f"{megabytes(sizes['artifact'])} of {megabytes(sizes['dense'])} dense"),
+            ("size ratio", f"{sizes['artifact'] / sizes['dense']:.3f}"),
+        ],
+    )
+
+
+def block_table(manifest: dict[str, Any]) -> Table:
+    """One line for each decoder block: sparsities, cosines, learning rates in the order of its projections."""
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for entry in manifest["modules"].values():
+        blocks.setdefault(entry["file"].removesuffix(".safetensors"), []).append(entry)
+    return table(
+        "pruned blocks (row sparsity over all rows; cosine of outputs, mean of projections: uniform rows -> as pruned)",
+        ("block", "target", "achieved", "row min", "median", "max", "cosine", "learning rates"),
+        [
+            (
+                name,
+                f"{entries[0]['target_sparsity']:.4f}",
+                f"{_achieved(entries):.4f}",
+                f"{min(entry['row_sparsity']['min'] for entry in entries):.3f}",
+                f"{statistics.median(entry['row_sparsity']['median'] for entry in entries):.3f}",
+                f"{max(entry['row_sparsity']['max'] for entry in entries):.3f}",
+                f"{statistics.mean(entry['cosine_uniform'] for entry in entries):.4f} -> "
+                f"{statistics.mean(entry['cosine'] for entry in entries):.4f}",
+                " ".join(_rate(entry["learning_rate"]) for entry in entries),
+            )
+            for name, entries in blocks.items()
+        ],
+    )
+
+
+def module_table(manifest: dict[str, Any]) -> Table:
+    """One line for each pruned matrix."""
+    return table(
+        "pruned matrices",
+        ("module", "shape", "target", "achieved", "row min", "median", "max", "cosine", "rate"),
+        [
+            (
+                name,
+                "x".join(map(str, entry["shape"])),
+                f"{entry['target_sparsity']:.4f}",
+                f"{_achieved([entry]):.4f}",
+                f"{entry['row_sparsity']['min']:.3f}",
+                f"{entry['row_sparsity']['median']:.3f}",
+                f"{entry['row_sparsity']['max']:.3f}",
+                f"{entry['cosine_uniform']:.4f} -> {entry['cosine']:.4f}",
+                _rate(entry["learning_rate"]),
+            )
+            for name, entry in manifest["modules"].items()
+        ],
+    )
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """The artifact's README.md."""
+    sizes, sparsity, recipe = manifest["bytes"], manifest["sparsity"], manifest["run"]["recipe"]
+    return f"""---
+library_name: transformers
+tags: [sparse, pruned, trim-export]
+---
+
+# {manifest["source"]["model"]}, {sparsity["achieved"]:.1%} sparse
+
+Pruned with trim-export {manifest["tool_version"]}: {_method(recipe)}.
+{"Kept weights were updated." if manifest["weights_updated"] else "Kept weights are those of the dense model."}
+
+| | |
+|---|---|
+| sparsity of the pruned matrices | {sparsity["achieved"]:.5f} (target {sparsity["target"]:g}) |
+| pruned matrices | {len(manifest["modules"])} |
+| weight files | {megabytes(sizes["artifact"])}; dense {megabytes(sizes["dense"])} |
+| encoding | {manifest["encoding"]} |
+
+```python
+import trim_export.runtimes  # registers the loader
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/DIRECTORY")
+```
+
+`trim_manifest.json` holds every layer's sparsity and quality and the hash of every file; `trim-export check` verifies
+them.
+"""
+
+
+def _method(recipe: dict[str, Any]) -> str:
+    return (
+        f"{recipe['score']} scores, {recipe['rows']} row budgets, {recipe['layers']['name']} block budgets, "
+        f"{recipe['counts']} counts; calibrated on {recipe['samples']} x {recipe['sequence_length']} tokens of "
+        f"{recipe['calibration']}, seed {recipe['seed']}"
+    )
+
+
+def _achieved(entries: Sequence[dict[str, Any]]) -> float:
+    return 1 - sum(e["nnz"] for e in entries) / sum(e["shape"][0] * e["shape"][1] for e in entries)
+
+
+def _rate(learning_rate: float | None) -> str:
+    return "-" if learning_rate is None else f"{learning_rate:g}"

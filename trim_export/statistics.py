@@ -1,0 +1,89 @@
+"""What the calibration inputs of a linear layer look like, gathered by hooks while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trim_export.errors import ModelError
+
+__all__ = ["InputStatistics", "collect_inputs"]
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of one layer's inputs over the calibration windows, in float32.
+
+    Attributes:
+        mean_square: ``[columns]`` sum of x_j^2 over all tokens, divided by the number of windows (Wanda's scale).
+        last_tokens: ``[columns, windows]`` the input at the last token of each window, on which TRIM measures cosines.
+    """
+
+    mean_square: Tensor
+    last_tokens: Tensor
+
+
+class _Accumulator:
+    """Running sums for one input that one or more layers share."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.square_sum = torch.zeros(columns, device=device)
+        self.last_tokens: list[Tensor] = []
+
+    def add(self, inputs: Tensor, windows: int) -> None:
+        # OPT flattens [windows, tokens, columns] to two dimensions before its MLP: give the windows back.
+        by_window = inputs.reshape(windows, -1, inputs.shape[-1]).float()
+        self.square_sum += by_window.square().sum(dim=(0, 1))
+        self.last_tokens.append(by_window[:, -1].clone())
+
+    def finish(self, name: str) -> InputStatistics:
+        if not bool(self.square_sum.isfinite().all()):
+            raise ModelError(f"{name}: NaN or infinity in its calibration inputs; nothing can be measured on them")
+        last = torch.cat(self.last_tokens)
+        return InputStatistics(self.square_sum / len(last), last.T.contiguous())
+
+
+def collect_inputs(
+    block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], None], block_name: str
+) -> dict[str, InputStatistics]:
+    """Gather the input statistics of ``linears`` while ``run`` sends the calibration windows through ``block``.
+
+    Layers that read the same tensor (q, k, v; gate, up) share one accumulation.
+
+    Raises:
+        ModelError: naming the layer whose inputs are not finite, or that never ran.
+    """
+    accumulators: dict[str, _Accumulator] = {}
+    windows = 0
+    latest: tuple[Tensor, str] | None = None
+
+    def block_starts(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal windows, latest
+        windows, latest = len(args[0] if args else kwargs["hidden_states"]), None
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def linear_starts(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal latest
+            inputs = args[0]
+            if latest is not None and inputs is latest[0]:
+                accumulators.setdefault(name, accumulators[latest[1]])
+                return
+            latest = inputs, name
+            accumulators.setdefault(name, _Accumulator(inputs.shape[-1], inputs.device)).add(inputs, windows)
+
+        return linear_starts
+
+    handles = [block.register_forward_pre_hook(block_starts, with_kwargs=True)]
+    handles += [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name in linears if name not in accumulators]
+    if silent:
+        raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
+    return {name: accumulators[name].finish(f"{block_name}.{name}") for name in linears}
