@@ -1,6 +1,5 @@
 # Everything runs through .venv/bin/..., so nothing needs to be activated. `make help` lists the targets.
 PYTHON ?= python3
-CXX ?= c++
 
 bin := .venv/bin
 stamp := .venv/.installed
@@ -19,8 +18,8 @@ setup: $(stamp) ## install into .venv (again only when the package's build input
 $(stamp): pyproject.toml constraints.txt CMakeLists.txt $(native)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "trim-export needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=..."; exit 1; }
-	@command -v $(CXX) >/dev/null || \
-		echo "No C++ compiler ($(CXX)): installing without the native library, pruning will be slower." \
+	@command -v $(CXX) >/dev/null || command -v c++ >/dev/null || command -v clang++ >/dev/null || \
+		echo "No C++ compiler: installing without the native library, pruning will be slower." \
 			"Install g++ or clang++ and run 'make clean setup' to have it."
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/pip install --quiet -c constraints.txt -e ".[demo,dev]"

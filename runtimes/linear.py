@@ -14,28 +14,6 @@ from trim_export.converters import SparseMatrix
 __all__ = ["Layout", "Runtime", "SparseLinear", "tensor_bytes"]
 
 
-class SparseLinear(nn.Module, ABC):
-    """``y = x W^T + b`` with a sparse W; takes the place of an `nn.Linear`.
-
-    Attributes:
-        in_features, out_features: columns and rows of W.
-        bias: ``[out_features]`` or None.
-    """
-
-    def __init__(self, shape: tuple[int, int], bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @abstractmethod
-    def matrix(self) -> SparseMatrix:
-        """The stored weights, bit for bit, on the CPU."""
-
-    def extra_repr(self) -> str:
-        """Shape, as `nn.Linear` prints it."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where and in what arrangement a layer shall be built.
@@ -47,6 +25,30 @@ class Layout:
 
     device: torch.device
     block: tuple[int, int] | None = None
+
+
+class SparseLinear(nn.Module, ABC):
+    """``y = x W^T + b`` with a sparse W; takes the place of an `nn.Linear`.
+
+    Attributes:
+        in_features, out_features: columns and rows of W.
+        bias: ``[out_features]`` or None.
+        block: block size when the artifact stores blocks, else None.
+    """
+
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None, layout: Layout) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(layout.device), requires_grad=False)
+        self.block = layout.block
+
+    @abstractmethod
+    def matrix(self) -> SparseMatrix:
+        """The stored weights, bit for bit, on the CPU."""
+
+    def extra_repr(self) -> str:
+        """Shape, as `nn.Linear` prints it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Runtime(Protocol):

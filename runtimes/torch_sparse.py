@@ -6,6 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +55,11 @@ class TorchSparseLinear(SparseLinear):
     row_ptr: Tensor
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> None:
-        super().__init__(matrix.shape, bias if bias is None else bias.to(layout.device))
-        self.block = layout.block
+        super().__init__(matrix.shape, bias, layout)
         self.stored_dtype = matrix.values.dtype
         parts = self._encoding().encode(matrix)
-        values = parts["weight_values"]
-        if layout.device.type == "cpu" and values.dtype != torch.float32:
-            _say_upcast(values.dtype)
-            values = values.float()
         # Not persistent: what is saved is the artifact's encoding, which the loader makes from `matrix`.
-        self.register_buffer("values", values.to(layout.device), persistent=False)
+        self.register_buffer("values", parts["weight_values"].to(layout.device), persistent=False)
         self.register_buffer("columns", parts["weight_columns"].to(layout.device, torch.int32), persistent=False)
         self.register_buffer("row_ptr", parts["weight_row_ptr"].to(layout.device, torch.int32), persistent=False)
         self._weight = self._assemble()
@@ -82,7 +78,8 @@ class TorchSparseLinear(SparseLinear):
     def matrix(self) -> SparseMatrix:
         """The stored weights, bit for bit, on the CPU."""
         encoding = self._encoding()
-        index = torch.int16 if self.in_features <= 2**15 else torch.int32
+        width = self.in_features if self.block is None else -(-self.in_features // self.block[1])
+        index = torch.int16 if width <= 2**15 else torch.int32
         parts = {
             "weight_values": self.values.cpu().to(self.stored_dtype),
             "weight_columns": self.columns.cpu().to(index),
@@ -95,13 +92,15 @@ class TorchSparseLinear(SparseLinear):
 
     def _assemble(self) -> Tensor:
         """The torch tensor over our three buffers; they were validated when they were made, so torch need not."""
+        if self.values.device.type == "cpu" and self.values.element_size() == 2:
+            self.stored_dtype = self.values.dtype
+            _say_upcast(self.stored_dtype)
+            self.values = self.values.float()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(beta state|invariant checks).*")
             if self.block is None:
                 shape = (self.out_features, self.in_features)
-                return torch.sparse_csr_tensor(
-                    self.row_ptr, self.columns, self.values, shape, check_invariants=False
-                )
+                return torch.sparse_csr_tensor(self.row_ptr, self.columns, self.values, shape, check_invariants=False)
             # Whole blocks: a matrix whose sides they do not divide is padded with zeros.
             rows, columns = (
                 -(-side // block) * block
@@ -110,6 +109,14 @@ class TorchSparseLinear(SparseLinear):
             return torch.sparse_bsr_tensor(
                 self.row_ptr, self.columns, self.values, (rows, columns), check_invariants=False
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch can neither copy nor pickle a CSR tensor; it is made again from the buffers.
+        return {name: value for name, value in self.__dict__.items() if name != "_weight"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._weight = self._assemble()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TorchSparseLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -10,13 +10,13 @@ in full, and the placeholder gives way to a layer of the chosen runtime. Saving 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -65,16 +65,26 @@ def load(
         EnvironmentLacks: a runtime that is not available here.
     """
     pick_runtime(runtime)
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    settings = getattr(config, "quantization_config", None)
-    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
-        raise ArtifactError(f"{directory}: config.json does not describe a trim-export artifact")
-    settings["runtime"] = runtime
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype or "auto", device_map={"": device} if device != "cpu" else None,
-        local_files_only=True,
-    )
-    return model.eval()
+    if not (Path(directory) / "config.json").is_file():
+        raise ArtifactError(f"{directory}: no config.json, so not a finished artifact")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        settings = getattr(config, "quantization_config", None)
+        if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+            raise ArtifactError(f"{directory}: config.json does not describe a trim-export artifact")
+        settings["runtime"] = runtime
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype or "auto",
+            device_map={"": device} if device != "cpu" else None,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers says to damaged JSON
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(f"{directory}: cannot be loaded ({reason})") from error
+    model.eval()
+    return model
 
 
 def pick_runtime(name: str) -> Runtime:
@@ -103,18 +113,23 @@ class TrimSparseConfig(QuantizationConfigMixin):
         self,
         format_version: int = FORMAT_VERSION,
         encoding: str = "bitmap",
-        modules: Iterable[str] = (),
+        modules: Sequence[str] = (),
         runtime: str = "auto",
         how_to_load: str = "",
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
+        if not isinstance(format_version, int):
+            raise ArtifactError(f"config.json: format_version {format_version!r} is not a number")
         if format_version > FORMAT_VERSION:
             raise ArtifactError(f"artifact format {format_version} is newer than this trim-export reads; upgrade it")
         if unknown:
             raise ArtifactError(f"config.json: unknown keys in quantization_config: {sorted(unknown)}")
-        choose("encoding", encoding, ENCODINGS)
-        self.quant_method = METHOD
+        if not isinstance(encoding, str) or encoding not in ENCODINGS:
+            raise ArtifactError(f"config.json: unknown encoding {encoding!r}")
+        if not isinstance(modules, list | tuple) or not all(isinstance(name, str) for name in modules):
+            raise ArtifactError("config.json: modules in quantization_config is not a list of names")
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.encoding = encoding
         self.modules = list(modules)
@@ -186,7 +201,7 @@ class TrimSparseQuantizer(HfQuantizer):
             if odd:
                 raise ArtifactError(f"{found[odd[0]].file}: {name}.{odd[0]} has dtype {found[odd[0]].dtype}")
             model.set_submodule(path, _StoredLinear(linears[path], found))
-        _refuse_missing(model, headers)
+        _refuse_incomplete(model, headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         runtime = pick_runtime(self.quantization_config.runtime)
@@ -203,7 +218,7 @@ class TrimSparseQuantizer(HfQuantizer):
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
         if isinstance(runtime, DenseRuntime):
-            self.remove_quantization_config(model)
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -211,18 +226,18 @@ class TrimSparseQuantizer(HfQuantizer):
         state = dict(model.state_dict())
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
-                encoding = Bsr(module.block) if isinstance(self.encoding, Bsr) else self.encoding
+                encoding = Bsr(module.block) if module.block else self.encoding
                 encoded = encoding.encode(module.matrix())
                 state |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        if isinstance(dtype, str):  # transformers passes what config.json says
-            dtype = getattr(torch, dtype)
+        # transformers passes what config.json says, as a name once the model was saved
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 device = next(module.buffers()).device
-                model.set_submodule(name, dense_linear(module.matrix(), module.bias, dtype).to(device))
+                model.set_submodule(name, dense_linear(module.matrix(), module.bias, wanted).to(device))
         return model
 
     @property
@@ -238,10 +253,13 @@ class TrimSparseQuantizer(HfQuantizer):
 def _read_headers(files: Iterable[str]) -> dict[str, _Header]:
     headers = {}
     for file in files:
-        with safe_open(file, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
-                piece = shard.get_slice(name)
-                headers[name] = _Header(file, tuple(piece.get_shape()), piece.get_dtype())
+        try:
+            with safe_open(file, "pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    piece = shard.get_slice(name)
+                    headers[name] = _Header(file, tuple(piece.get_shape()), piece.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: {error}") from error
     return headers
 
 
@@ -251,14 +269,19 @@ def _name_in(model: PreTrainedModel, name: str, known: Mapping[str, Any]) -> str
     return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), None)
 
 
-def _refuse_missing(model: PreTrainedModel, headers: Mapping[str, _Header]) -> None:
+def _refuse_incomplete(model: PreTrainedModel, headers: Mapping[str, _Header]) -> None:
     """Transformers initialises what it does not find at random, with a warning; an artifact must be whole."""
     tied = set(model.all_tied_weights_keys)
-    for name, _ in model.named_parameters():
-        if name not in tied and _name_in(model, name, headers) is None:
+    for name, parameter in model.named_parameters():
+        stored = _name_in(model, name, headers)
+        if stored is not None and headers[stored].shape != parameter.shape:
+            shapes = f"has shape {list(headers[stored].shape)}; expected {list(parameter.shape)}"
+            raise ArtifactError(f"{headers[stored].file}: {stored} {shapes}")
+        if stored is None and name not in tied:
             raise ArtifactError(f"{name} is in none of the artifact's files")
 
 
-def _block_of(module: nn.Module) -> tuple[int, int]:
-    _, rows, columns = module.weight_values.shape  # type: ignore[union-attr, operator]
-    return int(rows), int(columns)
+def _block_of(module: _StoredLinear) -> tuple[int, int]:
+    """The block size, which only the shape of the stored values tells."""
+    _, rows, columns = module.get_parameter("weight_values").shape
+    return rows, columns

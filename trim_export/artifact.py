@@ -89,8 +89,12 @@ class Artifact:
     def dense_tensors(self, file: str) -> dict[str, Tensor]:
         """The tensors of one shard that do not belong to a pruned matrix (norms, biases, embeddings)."""
         encoded = {f"{name}.{suffix}" for name in self.modules for suffix in self.encoding.tensors}
-        with safe_open(safe_file(self.path, file), "pt") as shard:
-            return {name: shard.get_tensor(name) for name in shard.keys() if name not in encoded}  # noqa: SIM118
+        path = safe_file(self.path, file)
+        try:
+            with safe_open(path, "pt") as shard:
+                return {name: shard.get_tensor(name) for name in shard.keys() if name not in encoded}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path}: {error}") from error
 
     @property
     def shards(self) -> list[str]:
@@ -151,14 +155,18 @@ def _why_unfinished(path: Path) -> str:
     if not (path / JOURNAL).is_file():
         return f"{path}: not a trim-export artifact (no {MANIFEST})"
     journal = read_json(path / JOURNAL)
-    done, total = len(journal.get("shards", {})), journal.get("blocks", "?")
+    try:
+        done, total = len(journal["shards"]), journal["blocks"]
+    except (KeyError, TypeError):
+        return f"{path / JOURNAL}: damaged; prune again with --overwrite"
     return f"{path}: unfinished, {done} of {total} blocks; run the same prune command with --resume"
 
 
 def _check_form(file: Path, manifest: dict[str, Any]) -> None:
     """Fields and types that everything else relies on."""
     try:
-        choose("encoding", str(manifest["encoding"]), ENCODINGS)
+        if manifest["encoding"] not in ENCODINGS:
+            raise ValueError(f"unknown encoding {manifest['encoding']!r}")
         for name, entry in manifest["files"].items():
             if not (isinstance(entry["size"], int) and isinstance(entry["sha256"], str)):
                 raise TypeError(f"file {name}")

@@ -25,8 +25,8 @@ from trim_export.converters import ENCODINGS, SparseMatrix
 from trim_export.errors import ArtifactError, UsageError
 from trim_export.models import DenseModel, dtype_name, projections
 from trim_export.recipe import fingerprint, first_difference
-from trim_export.report import model_card
-from trim_export.storage import canonical_json, read_json, sha256_file, write_bytes, write_tensors
+from trim_export.report import in_order, model_card
+from trim_export.storage import canonical_json, read_json, sha256_file, temporary_file, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,10 +37,12 @@ __all__ = [
     "load_shard_into",
     "open_journal",
     "remove_artifact",
+    "require_room",
     "sparse_config",
     "write_block",
     "write_description",
-    "write_index_and_manifest",
+    "write_index",
+    "write_manifest",
 ]
 
 ENCODING = ENCODINGS["bitmap"]
@@ -86,24 +88,46 @@ def open_journal(out: Path, run: dict[str, Any], blocks: int, resume: bool) -> J
     Raises:
         UsageError: the directory holds something else; nothing in it is touched.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file is in the way of the artifact directory")
-    if not out.exists() or not any(out.iterdir()):
+    require_room(out, resume)
+    if _vacant(out):
         out.mkdir(parents=True, exist_ok=True)
         return Journal(out, run, blocks).save()
-    finished, unfinished = (out / MANIFEST).is_file(), (out / JOURNAL).is_file()
-    if not finished and not unfinished:
-        raise UsageError(f"{out}: not empty and not an artifact; give another directory")
-    if not resume:
-        state = "a finished artifact" if finished else "an unfinished run"
-        raise UsageError(f"{out}: already holds {state}; pass --resume to continue it, --overwrite to start anew")
-    state = read_json(out / (MANIFEST if finished else JOURNAL))
-    difference = first_difference(run, state.get("run"))
+    finished = (out / MANIFEST).is_file()
+    file = out / (MANIFEST if finished else JOURNAL)
+    state = read_json(file)
+    needed = {"run": dict} if finished else {"run": dict, "sparsities": list | None, "shards": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key, ...), kind) for key, kind in needed.items()):
+        raise ArtifactError(f"{file}: damaged; prune again with --overwrite")
+    difference = first_difference(run, state["run"])
     if difference:
         raise UsageError(f"{out}: holds another run, which differs in {difference}; pass --overwrite or another -o")
     if finished:
+        (out / JOURNAL).unlink(missing_ok=True)  # killed between the manifest and this
         return open_artifact(out)
     return Journal(out, run, blocks, state["sparsities"], state["shards"])
+
+
+def require_room(out: Path, resume: bool, overwrite: bool = False) -> None:
+    """Refuse an output directory that cannot be written to as asked; touches nothing.
+
+    Raises:
+        UsageError: it is a file, holds something foreign, or holds an artifact and neither flag is given.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is in the way of the artifact directory")
+    if _vacant(out):
+        return
+    finished, unfinished = (out / MANIFEST).is_file(), (out / JOURNAL).is_file()
+    if not finished and not unfinished:
+        raise UsageError(f"{out}: not empty and not an artifact; give another directory")
+    if not resume and not overwrite:
+        state = "a finished artifact" if finished else "an unfinished run"
+        raise UsageError(f"{out}: already holds {state}; pass --resume to continue it, --overwrite to start anew")
+
+
+def _vacant(out: Path) -> bool:
+    """Absent, empty, or with nothing but the half-written first journal of a killed run."""
+    return not out.exists() or all(path == temporary_file(out / JOURNAL) for path in out.iterdir())
 
 
 def remove_artifact(out: Path) -> None:
@@ -157,9 +181,13 @@ def finish_artifact(journal: Journal, dense: DenseModel, blocks: Mapping[str, nn
         }
     )
     write_tensors(journal.out / REST, rest)
-    modules = {name: entry for shard in journal.shards.values() for name, entry in shard["modules"].items()}
-    write_description(journal.out, dense, sparse_config(list(modules), ENCODING.name))
-    manifest = {
+    # In one order whether or not the journal was read back from disk on the way.
+    modules = dict(in_order({n: entry for shard in journal.shards.values() for n, entry in shard["modules"].items()}))
+    # Named in the model's order: a resumed run has read its journal, whose keys are sorted.
+    names = [f"{name}.{path}" for name, block in blocks.items() for path in projections(block)]
+    write_description(journal.out, dense, sparse_config(names, ENCODING.name))
+    write_index(journal.out)
+    facts = {
         "run": journal.run,
         "source": journal.run["source"] | {"architecture": type(dense.model).__name__},
         "encoding": ENCODING.name,
@@ -167,7 +195,7 @@ def finish_artifact(journal: Journal, dense: DenseModel, blocks: Mapping[str, nn
         "sparsity": _sparsity(journal.run["recipe"]["sparsity"], modules),
         "modules": modules,
     }
-    artifact = write_index_and_manifest(journal.out, manifest, _dense_bytes(dense.model))
+    artifact = write_manifest(journal.out, facts, _dense_bytes(dense.model))
     (journal.out / JOURNAL).unlink()
     return artifact
 
@@ -200,22 +228,28 @@ def write_description(out: Path, dense: DenseModel, quantization_config: dict[st
             write_bytes(out / file.name, file.read_bytes())
 
 
-def write_index_and_manifest(out: Path, manifest: dict[str, Any], dense_bytes: int) -> Artifact:
-    """Write the tensor index, the model card and, last, the manifest with every file's size and hash."""
-    shards = sorted(out.glob("*.safetensors"))
-    weight_map = {name: shard.name for shard in shards for name in _tensor_names(shard)}
-    stored = sum(shard.stat().st_size for shard in shards)
-    index = {"metadata": {"total_size": stored}, "weight_map": weight_map}
+def write_index(out: Path) -> None:
+    """Write the index by which transformers finds each tensor's shard."""
+    shards = _shards(out)
+    index = {
+        "metadata": {"total_size": sum(shard.stat().st_size for shard in shards)},
+        "weight_map": {name: shard.name for shard in shards for name in _tensor_names(shard)},
+    }
     write_bytes(out / INDEX, canonical_json(index))
-    manifest = {
+
+
+def write_manifest(out: Path, facts: Mapping[str, Any], dense_bytes: int) -> Artifact:
+    """Write the model card and, last, the manifest: ``facts`` plus versions, sizes and every file's hash."""
+    manifest: dict[str, Any] = {
+        **facts,
         "format_version": FORMAT_VERSION,
         "tool_version": trim_export.__version__,
-        "fingerprint": fingerprint(manifest["run"]),
-        "bytes": {"artifact": stored, "dense": dense_bytes},
-        **manifest,
+        "fingerprint": fingerprint(facts["run"]),
+        "bytes": {"artifact": sum(shard.stat().st_size for shard in _shards(out)), "dense": dense_bytes},
     }
     write_bytes(out / "README.md", model_card(manifest).encode())
-    files = sorted(path for path in out.iterdir() if path.name not in (MANIFEST, JOURNAL) and path.is_file())
+    # A killed run may have left temporary files, whose names begin with a dot.
+    files = sorted(path for path in out.glob("[!.]*") if path.name not in (MANIFEST, JOURNAL) and path.is_file())
     manifest["files"] = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
     write_bytes(out / MANIFEST, canonical_json(manifest))
     return open_artifact(out)
@@ -242,6 +276,10 @@ def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _dense_bytes(model: PreTrainedModel) -> int:
     """Weight bytes of the dense model in its dtype, tied tensors once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _unique(model.state_dict()).values())
+
+
+def _shards(out: Path) -> list[Path]:
+    return sorted(out.glob("*.safetensors"))
 
 
 def _tensor_names(shard: Path) -> list[str]:

@@ -139,7 +139,9 @@ def _data_set(name: str, tokens: int) -> str:
     try:
         import datasets
     except ImportError as error:
-        raise EnvironmentLacks(f"calibration on {name} needs the data extra: pip install 'trim-export[data]'") from error
+        raise EnvironmentLacks(
+            f"calibration on {name} needs the data extra: pip install 'trim-export[data]'"
+        ) from error
     repository, configuration, split = DATA_SETS[name]
     texts: list[str] = []
     characters = 0

@@ -45,7 +45,7 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
+class _StopForward(Exception):
     """Ends a forward pass once what was wanted has been seen."""
 
 
@@ -70,14 +70,14 @@ def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -
 
     def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
+        raise _StopForward
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in tokens.split(batch_windows(tokens.shape[1])):
             try:
                 model.base_model(batch, use_cache=False)
-            except _Stop:
+            except _StopForward:
                 continue
     finally:
         handle.remove()

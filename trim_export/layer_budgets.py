@@ -18,14 +18,23 @@ __all__ = ["LAYER_BUDGETS", "AlphaPruning", "LayerBudget", "Owl", "Uniform", "hi
 class LayerBudget(Protocol):
     """A frozen dataclass of parameters with the two steps as methods."""
 
-    name: str
-    needs_inputs: bool
+    @property
+    def name(self) -> str:
+        """The word a user types for it."""
+        ...
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether measuring takes a pass of the calibration windows through the dense model."""
+        ...
 
     def measure(self, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> float:
         """Measure one dense block from its float32 matrices and, if ``needs_inputs``, their Wanda scores."""
+        ...
 
     def allocate(self, measures: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
         """Sparsity of each block from all measures; ``sizes`` are the blocks' numbers of weights."""
+        ...
 
 
 @dataclass(frozen=True)

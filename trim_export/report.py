@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-__all__ = ["block_table", "megabytes", "model_card", "module_table", "summary_table", "table"]
+__all__ = ["bench_table", "block_table", "facts", "in_order", "megabytes", "model_card", "module_table", "summary_table", "table"]
 
 
 def megabytes(count: float) -> str:
@@ -18,7 +19,7 @@ def megabytes(count: float) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A plain table whose first column is text and the others are right-aligned."""
-    result = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    result = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         result.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows:
@@ -26,12 +27,26 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return result
 
 
+def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """A table of names and values without column heads."""
+    result = Table(
+        title=title, title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD, show_header=False
+    )
+    for name, value in rows:
+        result.add_row(name, str(value))
+    return result
+
+
+def in_order(modules: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Module entries block by block, whatever order JSON gave them."""
+    return sorted(modules.items(), key=lambda item: (item[1]["file"], item[0]))
+
+
 def summary_table(manifest: dict[str, Any]) -> Table:
     """What an artifact is and what it saves."""
     sizes, sparsity, recipe = manifest["bytes"], manifest["sparsity"], manifest["run"]["recipe"]
-    return table(
+    return facts(
         "artifact",
-        ("", "value"),
         [
             ("source model", f"{manifest['source']['model']} ({manifest['source']['dtype']})"),
             ("method", _method(recipe)),
@@ -46,7 +61,7 @@ def summary_table(manifest: dict[str, Any]) -> Table:
 def block_table(manifest: dict[str, Any]) -> Table:
     """One line for each decoder block: sparsities, cosines, learning rates in the order of its projections."""
     blocks: dict[str, list[dict[str, Any]]] = {}
-    for entry in manifest["modules"].values():
+    for _, entry in in_order(manifest["modules"]):
         blocks.setdefault(entry["file"].removesuffix(".safetensors"), []).append(entry)
     return table(
         "pruned blocks (row sparsity over all rows; cosine of outputs, mean of projections: uniform rows -> as pruned)",
@@ -85,9 +100,40 @@ def module_table(manifest: dict[str, Any]) -> Table:
                 f"{entry['cosine_uniform']:.4f} -> {entry['cosine']:.4f}",
                 _rate(entry["learning_rate"]),
             )
-            for name, entry in manifest["modules"].items()
+            for name, entry in in_order(manifest["modules"])
         ],
     )
+
+
+def bench_table(result: dict[str, Any]) -> Table:
+    """One line for each runtime, phase and batch."""
+    about = result["machine"]
+    return table(
+        f"{about['cpu']} ({about['instructions']}), {about['device']}, {about['threads']} threads, "
+        f"torch {about['torch']}; {about['repeats']} interleaved rounds",
+        (
+            "runtime", "dtype", "phase", "batch", "tokens", "median ms", "min ms", "tokens/s", "x dense",
+            "x fastest dense", "weights", "peak memory", "load s",
+        ),
+        [
+            (
+                row["runtime"],
+                row["dtype"],
+                row["phase"],
+                row["batch"],
+                row["tokens"],
+                f"{row['median_ms']:.1f}",
+                f"{row['min_ms']:.1f}",
+                f"{row['tokens_per_s']:.1f}",
+                f"{row['ratio_to_dense']:.2f}",
+                f"{row['ratio_to_fastest_dense']:.2f}",
+                megabytes(row["weight_bytes"]),
+                megabytes(row["peak_memory_bytes"]),
+                f"{row['load_s']:.1f}",
+            )
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
 
 
 def model_card(manifest: dict[str, Any]) -> str:
@@ -131,7 +177,9 @@ def _method(recipe: dict[str, Any]) -> str:
 
 
 def _achieved(entries: Sequence[dict[str, Any]]) -> float:
-    return 1 - sum(e["nnz"] for e in entries) / sum(e["shape"][0] * e["shape"][1] for e in entries)
+    kept: int = sum(entry["nnz"] for entry in entries)
+    weights: int = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
+    return 1 - kept / weights
 
 
 def _rate(learning_rate: float | None) -> str:

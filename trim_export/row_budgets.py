@@ -33,6 +33,7 @@ class RowBudget(Protocol):
 
     def __call__(self, score: Tensor, curves: Callable[[], Curves], target: float, policy: Policy) -> RowPlan:
         """Decide the row counts."""
+        ...
 
 
 def uniform(score: Tensor, curves: Callable[[], Curves], target: float, policy: Policy) -> RowPlan:

@@ -16,6 +16,7 @@ class Score(Protocol):
 
     def __call__(self, weight: Tensor, inputs: InputStatistics) -> Tensor:
         """Score every weight."""
+        ...
 
 
 def magnitude(weight: Tensor, inputs: InputStatistics) -> Tensor:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from trim_export.errors import ArtifactError
 
-__all__ = ["canonical_json", "read_json", "safe_file", "sha256_bytes", "sha256_file", "write_bytes", "write_tensors"]
+__all__ = [
+    "canonical_json",
+    "read_json",
+    "safe_file",
+    "sha256_bytes",
+    "sha256_file",
+    "temporary_file",
+    "write_bytes",
+    "write_tensors",
+]
 
 # One path component: no separator, no leading dot, nothing a shell or another system reads as special.
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -57,6 +66,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _write_atomically(path, lambda temporary: safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"}))
 
 
+def temporary_file(path: Path) -> Path:
+    """Where a file is written before it gets its name; what a killed process leaves there is overwritten."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def safe_file(root: Path, name: str) -> Path:
     """Resolve a name found in a manifest; anything but a plain file directly inside ``root`` is refused."""
     if not SAFE_NAME.fullmatch(name):
@@ -72,7 +86,7 @@ def safe_file(root: Path, name: str) -> Path:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_file(path)
     try:
         write(temporary)
         temporary.chmod(0o644)  # safetensors makes its files private

@@ -25,7 +25,7 @@ def only(kernel: str) -> Iterator[None]:
     if kernel == "native":
         yield
         return
-    with mock.patch.object(module, "_library", lambda: None):
+    with mock.patch.object(module, "_library", return_value=None):
         yield
 
 

@@ -1,0 +1,1 @@
+"""What is measured against whom; every module here is a command: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,249 @@
+"""The command line end to end, as a user calls it: exit code, stdout, stderr and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+import trim_export
+from trim_export.cli import main
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 200
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object, check: int = 0) -> Result:
+    """Run the entry point in this process; ``check`` is the exit code it must end with."""
+    code, stdout, stderr = 0, io.StringIO(), io.StringIO()
+    words = ["trim-export", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", words), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    assert code == check, stderr.getvalue()
+    return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+def sentence(result: Result) -> str:
+    """The one line that a failure prints, and nothing on stdout."""
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A tiny artifact made by the command line, and what `prune --json` said of it."""
+    place = tmp_path_factory.mktemp("cli")
+    run(
+        *("prune", "--model", model, "--sparsity", 0.5, "-o", place / "a", "--calibration", text),
+        *("--samples", 8, "--sequence-length", 16, "--json", place / "prune.json"),
+    )
+    return place / "a", json.loads((place / "prune.json").read_text())
+
+
+def test_prune_reports_what_it_made(artifact: tuple[Path, dict[str, Any]]) -> None:
+    directory, report = artifact
+    assert report["sparsity"]["target"] == 0.5
+    assert abs(report["sparsity"]["achieved"] - 0.5) < 1e-3
+    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    assert report["bytes"]["artifact"] == stored
+    assert report["peak_memory_bytes"] > 0
+
+
+def test_verify_passes_and_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run("verify", artifact[0], "--json", tmp_path / "v.json")
+    result = json.loads((tmp_path / "v.json").read_text())
+    assert result["passed"] is True
+    assert {row["name"] for row in result["runtimes"]} == {"dense", "torch-sparse"}
+    for row in result["runtimes"]:
+        assert {"name", "max_abs_diff", "kl", "argmax_agreement", "passed"} <= row.keys()
+
+
+def test_bench_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run(
+        *("bench", artifact[0], "--batch", 1, "--batch", 2, "--prompt", 8, "--generate", 3, "--repeats", 1),
+        *("--threads", 1, "--json", tmp_path / "b.json"),
+    )
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["machine"]["threads"] == 1
+    cells = {(row["runtime"], row["dtype"], row["phase"], row["batch"]) for row in result["rows"]}
+    assert ("torch-sparse", "float32", "decode", 2) in cells
+    assert ("dense", "bfloat16", "prefill", 1) in cells
+    promised = {"runtime", "dtype", "phase", "batch", "tokens", "median_ms", "min_ms", "tokens_per_s", "weight_bytes"}
+    promised |= {"peak_memory_bytes", "ratio_to_dense"}
+    for row in result["rows"]:
+        assert promised <= row.keys()
+        assert row["min_ms"] <= row["median_ms"]
+        if (row["runtime"], row["dtype"]) == ("dense", "float32"):
+            assert row["ratio_to_dense"] == 1
+
+
+def test_eval_measures_an_artifact_and_its_dense_model(
+    artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    values = {}
+    for name, source in {"sparse": artifact[0], "dense": model}.items():
+        run(
+            *("eval", source, "--task", "perplexity", "--data", text, "--sequence-length", 32, "--windows", 3),
+            *("--json", tmp_path / "e.json"),
+        )
+        values[name] = json.loads((tmp_path / "e.json").read_text())["tasks"]["perplexity"]
+    assert values["sparse"]["windows"] == 3
+    assert values["sparse"]["tokens"] == 3 * 31
+    assert values["sparse"]["value"] != values["dense"]["value"]
+
+
+@pytest.mark.parametrize("target", ["csr", "bsr", "bitmap"])
+def test_convert_makes_an_artifact_that_verifies(
+    artifact: tuple[Path, dict[str, Any]], target: str, tmp_path: Path
+) -> None:
+    run("convert", artifact[0], "--to", target, "-o", tmp_path / "b")
+    run("check", tmp_path / "b")
+    run("verify", tmp_path / "b")
+
+
+def test_generate_continues_the_prompt_the_same_with_every_runtime(artifact: tuple[Path, dict[str, Any]]) -> None:
+    said = {
+        name: run("generate", artifact[0], "--prompt", "quick brown", "--runtime", name, "--max-new-tokens", 5).stdout
+        for name in ("dense", "torch-sparse")
+    }
+    assert said["dense"] == said["torch-sparse"]
+    assert len(said["dense"].strip()) > 0
+
+
+def test_inspect_lists_every_matrix(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shown = run("inspect", artifact[0], "--json", tmp_path / "i.json").stdout
+    result = json.loads((tmp_path / "i.json").read_text())
+    assert {"sparsity", "bytes", "modules"} <= result.keys()
+    assert result["bytes"].keys() == {"artifact", "dense"}
+    for module in result["modules"]:
+        assert module["name"] in shown
+
+
+def test_check_names_a_damaged_file(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(artifact[0], tmp_path / "a")
+    shard = tmp_path / "a" / "block-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert "block-00001.safetensors" in sentence(run("check", tmp_path / "a", check=1))
+
+
+def test_plan_predicts_the_artifact_size(artifact: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path) -> None:
+    run("plan", "--model", model, "--sparsity", 0.5, "--json", tmp_path / "p.json")
+    predicted = json.loads((tmp_path / "p.json").read_text())["artifact_bytes"]
+    # The safetensors headers, which the prediction leaves out, weigh much in a tiny model.
+    assert 0.6 * artifact[1]["bytes"]["artifact"] < predicted <= artifact[1]["bytes"]["artifact"]
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+    artifact: tuple[Path, dict[str, Any]], model: Path, text: Path
+) -> None:
+    before = hashes(artifact[0])
+    run(
+        *("prune", "--model", model, "--sparsity", 0.5, "-o", artifact[0], "--calibration", text),
+        *("--samples", 8, "--sequence-length", 16, "--resume"),
+    )
+    assert hashes(artifact[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--sparsity", "1"], 2, "outside [0, 1)"),
+        (["--sparsity", "-0.1"], 2, "outside [0, 1)"),
+        (["--sparsity", "0.97"], 2, "cap"),
+        (["--score", "wandaa"], 2, "did you mean wanda?"),
+        (["--layers", "owls"], 2, "did you mean owl?"),
+        (["--rows", "x"], 2, "known: matrix, trim, uniform"),
+        (["--recipe", "x"], 2, "known: best, paper"),
+        (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
+        (["--samples", "0"], 2, "samples must be at least 1"),
+        (["--device", "cuda"], 3, "no CUDA device"),
+        (["--dtype", "float8"], 2, "unknown dtype"),
+        (["--resume", "--overwrite"], 2, "exclude each other"),
+        (["--model", "nowhere/at/all"], 2, "neither a model directory"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    arguments: list[str], code: int, said: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"--model": str(model), "--sparsity": "0.5", "--calibration": str(text), "-o": str(tmp_path / "a")}
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True)) if arguments[0] != "--resume" else {}
+    flags = [] if given else arguments
+    words = [word for pair in (options | given).items() for word in pair]
+    assert said in sentence(run("prune", *words, *flags, check=code))
+    assert not (tmp_path / "a").exists()
+
+
+def test_too_short_a_text_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    result = run(
+        *("prune", "--model", model, "--sparsity", 0.5, "-o", tmp_path / "a", "--calibration", tmp_path / "short.txt"),
+        check=2,
+    )
+    assert "too few for a window of 128" in sentence(result)
+    assert not (tmp_path / "a").exists()
+
+
+def test_another_directory_is_never_overwritten(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        result = run(
+            *("prune", "--model", model, "--sparsity", 0.5, "-o", tmp_path, "--calibration", text, *flags), check=2
+        )
+        assert "not empty and not an artifact" in sentence(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "inspect", "generate", "convert"])
+def test_commands_refuse_what_is_no_artifact(command: str, tmp_path: Path) -> None:
+    extra = {"generate": ["--prompt", "x"], "convert": ["--to", "csr", "-o", str(tmp_path / "b")]}.get(command, [])
+    assert "not a trim-export artifact" in sentence(run(command, tmp_path, *extra, check=2))
+
+
+def test_the_module_runs_as_a_process_of_its_own() -> None:
+    words = [sys.executable, "-m", "trim_export", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == trim_export.__version__
+
+
+def test_debug_shows_the_trace(tmp_path: Path) -> None:
+    assert "Traceback" in run("--debug", "inspect", tmp_path, check=2).stderr
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}

@@ -1,0 +1,226 @@
+"""OWL and AlphaPruning against their formulas written out in numpy, and the shift that makes block budgets exact."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trim_export.layer_budgets import LAYER_BUDGETS, AlphaPruning, Owl, Uniform, hill_alpha, recentre
+
+MEASURES = [0.011, 0.034, 0.002, 0.02, 0.0071]
+SIZES = [400, 100, 250, 250, 800]
+
+
+def weighted_mean(values: list[float], sizes: list[int]) -> float:
+    return float(np.average(values, weights=sizes))
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- uniform ---------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_gives_every_block_the_target() -> None:
+    assert Uniform().allocate([Uniform().measure({}, {})] * 3, [1, 2, 3], 0.7) == [0.7, 0.7, 0.7]
+
+
+@pytest.mark.parametrize("name", LAYER_BUDGETS)
+def test_registry_names_are_the_budgets_own(name: str) -> None:
+    assert LAYER_BUDGETS[name]().name == name
+
+
+# ---- OWL -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [2.0, 5.0, 7.0])
+def test_owl_measures_the_share_of_outliers_over_the_whole_block(threshold: float) -> None:
+    scores = {"q": draw(30, 20, seed=0).exp(), "down": 3 * draw(50, 30, seed=1).exp(), "o": torch.zeros(5, 5)}
+    together = np.concatenate([score.numpy().astype(np.float64).ravel() for score in scores.values()])
+    expected = (together > threshold * together.mean()).mean()
+    assert expected > 0
+    assert Owl(threshold=threshold).measure({}, scores) == expected
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.08, 0.12])
+@pytest.mark.parametrize("target", [0.5, 0.7])
+def test_owl_allocates_by_its_formula(strength: float, target: float) -> None:
+    outliers = np.array(MEASURES)
+    density = (outliers - outliers.min()) / (outliers.max() - outliers.min()) * strength * 2
+    density = density - density.mean() + (1 - target)
+    np.testing.assert_allclose(Owl(strength).allocate(MEASURES, SIZES, target), 1 - density, rtol=0, atol=1e-12)
+
+
+def test_owl_spreads_around_the_target_and_spares_outlying_blocks() -> None:
+    sparsities = Owl(0.08).allocate(MEASURES, [1] * 5, 0.7)
+    assert np.mean(sparsities) == pytest.approx(0.7)
+    assert max(sparsities) - min(sparsities) == pytest.approx(0.16)
+    assert np.argsort(sparsities).tolist() == np.argsort(MEASURES)[::-1].tolist()
+
+
+# ---- AlphaPruning ----------------------------------------------------------------------------------------------------
+
+
+def hill_by_hand(weight: NDArray[np.float64], bins: int = 100) -> float:
+    """Fit every candidate tail of the spectrum and take the exponent of the one that fits best."""
+    spectrum = sorted(value for value in np.linalg.svd(weight, compute_uv=False) ** 2 if value > 0)
+    edges = np.linspace(math.log10(spectrum[0]), math.log10(spectrum[-1]), bins + 1)
+    width = (edges[-1] - edges[0]) / bins
+    counts = [0] * bins
+    for value in spectrum:
+        counts[min(int((math.log10(value) - edges[0]) / width), bins - 1)] += 1
+    peak = 10 ** edges[counts.index(max(counts))]
+    best_distance, best = math.inf, 0.0
+    for start, smallest in enumerate(spectrum[:-1]):
+        # The authors compare the lower end of the range, a logarithm, with the eigenvalue itself.
+        if not math.log10(0.95 * peak) <= smallest <= 1.5 * peak:
+            continue
+        tail = spectrum[start:]
+        alpha = 1 + len(tail) / sum(math.log(value / smallest) for value in tail)
+        distance = max(
+            abs(1 - (value / smallest) ** (1 - alpha) - place / len(tail)) for place, value in enumerate(tail)
+        )
+        if distance < best_distance:
+            best_distance, best = distance, alpha
+    return best
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(draw(40, 60, seed=0), id="wide"),
+        pytest.param(draw(60, 40, seed=1), id="tall"),
+        pytest.param(0.02 * draw(48, 48, seed=2), id="small-values"),
+        pytest.param(draw(50, 64, seed=3) * draw(50, 1, seed=4).exp(), id="heavy-tailed"),
+        pytest.param(draw(30, 50, seed=5) @ draw(50, 80, seed=6) @ draw(80, 33, seed=7), id="product"),
+    ],
+)
+def test_hill_alpha_is_the_best_fitting_tail(weight: Tensor) -> None:
+    assert hill_alpha(weight) == pytest.approx(hill_by_hand(weight.double().numpy()), rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
+def test_hill_alpha_recovers_the_exponent_of_a_pareto_spectrum(alpha: float) -> None:
+    quantiles = (torch.arange(400) + 0.5) / 400
+    eigenvalues = (1 - quantiles) ** (-1 / (alpha - 1))
+    assert hill_alpha(torch.diag(eigenvalues.sqrt())) == pytest.approx(alpha, rel=0.1)
+
+
+def test_hill_alpha_is_lower_for_a_heavier_tail() -> None:
+    light, heavy = draw(64, 64, seed=0), draw(64, 64, seed=0) * (2 * draw(64, 1, seed=1)).exp()
+    assert hill_alpha(heavy) < hill_alpha(light)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(torch.zeros(4, 6), id="zeros"),
+        pytest.param(torch.ones(1, 6), id="one-row"),
+        pytest.param(torch.ones(6, 1), id="one-column"),
+        pytest.param(draw(6, 1, seed=0) @ draw(1, 5, seed=1), id="rank-one"),
+        pytest.param(torch.eye(8), id="equal-eigenvalues"),
+        pytest.param(3 * torch.eye(8), id="equal-eigenvalues-scaled"),
+        pytest.param(torch.diag(torch.tensor([1.0, 1, 1, 1, 5])), id="some-equal-eigenvalues"),
+        pytest.param(draw(8, 8, seed=3).bfloat16(), id="bfloat16"),
+    ],
+)
+def test_hill_alpha_is_a_number_for_any_matrix(weight: Tensor) -> None:
+    assert math.isfinite(hill_alpha(weight))
+
+
+def test_alpha_pruning_measures_the_mean_of_a_blocks_matrices() -> None:
+    weights = {"q": draw(20, 30, seed=0), "o": draw(30, 30, seed=1), "down": draw(40, 20, seed=2)}
+    expected = np.mean([hill_alpha(weight) for weight in weights.values()])
+    assert AlphaPruning().measure(weights, {}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3])
+def test_alpha_pruning_allocates_by_its_formula(epsilon: float) -> None:
+    alphas, sizes = np.array([2.0, 3.5, 5.0, 2.2]), np.array([10, 40, 30, 20])
+    ratios = (alphas - alphas.min()) / (alphas.max() - alphas.min()) * ((1 + epsilon) - (1 - epsilon)) + (1 - epsilon)
+    expected = ratios * (0.7 * sizes.sum() / (ratios * sizes).sum())
+    allocated = AlphaPruning(epsilon).allocate(alphas.tolist(), sizes.tolist(), 0.7)
+    np.testing.assert_allclose(allocated, expected, rtol=1e-12)
+    assert weighted_mean(allocated, sizes.tolist()) == pytest.approx(0.7)
+
+
+# ---- all budgets -----------------------------------------------------------------------------------------------------
+
+ALLOCATORS = pytest.mark.parametrize("budget", [Uniform(), Owl(), AlphaPruning()], ids=lambda budget: budget.name)
+
+
+@ALLOCATORS
+def test_blocks_that_measure_alike_get_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+    assert budget.allocate([0.02] * 3, [5, 6, 7], 0.7) == pytest.approx([0.7] * 3)
+
+
+@ALLOCATORS
+def test_a_single_block_gets_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+    assert budget.allocate([0.02], [5], 0.7) == pytest.approx([0.7])
+
+
+@ALLOCATORS
+def test_the_mean_over_blocks_of_one_size_is_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+    assert np.mean(budget.allocate(MEASURES, [1000] * 5, 0.6)) == pytest.approx(0.6)
+
+
+# ---- recentre --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def block_budgets(draw: st.DrawFn) -> tuple[list[float], list[int], float, float]:
+    """Sparsities around a target as budgets make them, some outside [0, cap]."""
+    cap = draw(st.sampled_from([0.95, 0.97, 0.8]))
+    target = draw(st.floats(0, cap))
+    blocks = draw(
+        st.lists(st.tuples(st.floats(-0.3, 0.3), st.integers(1, 10**7)), min_size=1, max_size=12), label="blocks"
+    )
+    return [target + offset for offset, _ in blocks], [size for _, size in blocks], target, cap
+
+
+@given(block_budgets())
+def test_recentred_sparsities_have_the_target_as_weighted_mean(
+    budgets: tuple[list[float], list[int], float, float],
+) -> None:
+    sparsities, sizes, target, cap = budgets
+    assert weighted_mean(recentre(sparsities, sizes, target, cap), sizes) == pytest.approx(target, rel=0, abs=1e-6)
+
+
+@given(block_budgets())
+def test_recentred_sparsities_stay_in_the_box_in_their_order(
+    budgets: tuple[list[float], list[int], float, float],
+) -> None:
+    sparsities, sizes, target, cap = budgets
+    result = recentre(sparsities, sizes, target, cap)
+    assert all(0 <= sparsity <= cap for sparsity in result)
+    by_sparsity = [moved for _, moved in sorted(zip(sparsities, result, strict=True))]
+    assert by_sparsity == sorted(by_sparsity)
+
+
+@given(block_budgets())
+def test_recentring_again_changes_nothing(budgets: tuple[list[float], list[int], float, float]) -> None:
+    sparsities, sizes, target, cap = budgets
+    once = recentre(sparsities, sizes, target, cap)
+    np.testing.assert_allclose(recentre(once, sizes, target, cap), once, rtol=0, atol=1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 10**6)), min_size=1, max_size=8),
+    st.floats(0, 0.95),
+    st.one_of(st.builds(Owl, strength=st.floats(0, 0.5)), st.builds(AlphaPruning, epsilon=st.floats(0, 0.99))),
+)
+def test_any_budget_can_be_recentred(
+    blocks: list[tuple[float, int]], target: float, budget: Owl | AlphaPruning
+) -> None:
+    measures, sizes = [measure for measure, _ in blocks], [size for _, size in blocks]
+    result = recentre(budget.allocate(measures, sizes, target), sizes, target, 0.95)
+    assert weighted_mean(result, sizes) == pytest.approx(target, rel=0, abs=1e-6)
+    assert all(0 <= sparsity <= 0.95 for sparsity in result)

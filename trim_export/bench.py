@@ -1,0 +1,186 @@
+"""Latency and memory of each runtime against the dense model, side by side on the machine in front of you.
+
+Every contestant lives in a process of its own (`trim_export.bench_worker`), so that its peak memory is its own. All are
+loaded first; then single measurements go round, A B C A B C, so that a machine whose speed drifts treats all alike.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trim_export.artifact import Artifact
+from trim_export.errors import EnvironmentLacks
+from trim_export.runtimes import pick_runtime
+
+__all__ = ["Contestant", "Workload", "bench", "contestants", "machine"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One runtime in one dtype."""
+
+    runtime: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Attributes:
+        batches: sequences at a time.
+        prompt: tokens of the prefill.
+        generate: tokens decoded one by one after it.
+        repeats: rounds; the median and the minimum over them are reported.
+        threads: of each process; None leaves torch's choice.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    prompt: int = 128
+    generate: int = 32
+    repeats: int = 5
+    threads: int | None = None
+    device: str = "cpu"
+
+
+def contestants(artifact: Artifact, runtimes: Iterable[str]) -> list[Contestant]:
+    """Each runtime in the artifact's dtype; the dense one also in bfloat16, whichever a user might deploy instead."""
+    stored = artifact.manifest["source"]["dtype"]
+    found = [Contestant("dense", stored)]
+    if stored != "bfloat16":
+        found.append(Contestant("dense", "bfloat16"))
+    found += [Contestant(pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
+    return list(dict.fromkeys(found))
+
+
+def bench(artifact: Artifact, entries: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
+    """Measure all contestants in turn.
+
+    Returns:
+        ``{"machine": {...}, "rows": [...]}``; ``ratio_to_dense`` above 1 is faster than the dense model of the
+        artifact's dtype in the same run, ``ratio_to_fastest_dense`` than the fastest dense one.
+    """
+    times: dict[tuple[Contestant, str, int], list[float]] = {}
+    with ExitStack() as stack:
+        workers = {entry: stack.enter_context(_Worker(artifact.path, entry, workload)) for entry in entries}
+        for batch in workload.batches:
+            for round_ in range(workload.repeats + 1):
+                for entry, worker in workers.items():
+                    measured = worker.ask(batch=batch, prompt=workload.prompt, generate=workload.generate)
+                    if round_ == 0:
+                        continue  # the first round warms caches and allocators
+                    times.setdefault((entry, "prefill", batch), []).append(measured["prefill_ms"])
+                    times.setdefault((entry, "decode", batch), []).extend(measured["decode_ms"])
+        memory = {entry: worker.ask(memory=True) for entry, worker in workers.items()}
+    rows = [
+        _row(entry, phase, batch, samples, workload, memory[entry]) for (entry, phase, batch), samples in times.items()
+    ]
+    dense = [row for row in rows if row["runtime"] == "dense"]
+    for row in rows:
+        rivals = [rival for rival in dense if (rival["phase"], rival["batch"]) == (row["phase"], row["batch"])]
+        row["ratio_to_dense"] = rivals[0]["median_ms"] / row["median_ms"]
+        row["ratio_to_fastest_dense"] = min(rival["median_ms"] for rival in rivals) / row["median_ms"]
+    rows.sort(key=lambda row: (row["phase"], row["batch"]))
+    return {"machine": machine(workload), "rows": rows}
+
+
+def machine(workload: Workload) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": workload.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if workload.device == "cuda" else "cpu",
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "repeats": workload.repeats,
+    }
+
+
+class _Worker:
+    """A process that holds one loaded model and answers one JSON line with another."""
+
+    def __init__(self, path: Path, entry: Contestant, workload: Workload) -> None:
+        self.name = f"{entry.runtime} {entry.dtype}"
+        settings = {
+            "directory": str(path),
+            "runtime": entry.runtime,
+            "dtype": entry.dtype,
+            "device": workload.device,
+            "threads": workload.threads,
+        }
+        # Waiting threads must not spin: only one of the processes is measured at a time.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trim_export.bench_worker", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def __enter__(self) -> _Worker:
+        self._read()  # the line that says it is loaded
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EnvironmentLacks(f"the benchmark process of {self.name} ended early; its message is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _row(
+    entry: Contestant,
+    phase: str,
+    batch: int,
+    samples: list[float],
+    workload: Workload,
+    memory: dict[str, Any],
+) -> dict[str, Any]:
+    median = statistics.median(samples)
+    tokens = workload.prompt if phase == "prefill" else workload.generate
+    per_measurement = batch * (tokens if phase == "prefill" else 1)
+    return {
+        "runtime": entry.runtime,
+        "dtype": entry.dtype,
+        "phase": phase,
+        "batch": batch,
+        "tokens": tokens,
+        "median_ms": median,
+        "min_ms": min(samples),
+        "tokens_per_s": per_measurement * 1000 / median,
+        **memory,
+    }

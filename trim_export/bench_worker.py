@@ -1,0 +1,72 @@
+"""One contestant of `trim_export.bench`: load a model, then answer requests on standard input, a JSON line each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trim_export.models import DTYPES
+from trim_export.runtimes import load, tensor_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["main"]
+
+
+@torch.inference_mode()
+def main(settings: dict[str, Any]) -> None:
+    """Load as ``settings`` say, print ``{}`` when ready, and serve until the input ends."""
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    begin = time.perf_counter()
+    model = load(settings["directory"], settings["runtime"], DTYPES[settings["dtype"]], settings["device"])
+    load_s = time.perf_counter() - begin
+    _answer({})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "memory" in request:
+            _answer({"weight_bytes": tensor_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s})
+        else:
+            _answer(_measure(model, **request))
+
+
+def _measure(model: PreTrainedModel, batch: int, prompt: int, generate: int) -> dict[str, Any]:
+    """Milliseconds of one prefill and of each of the following decode steps (greedy, with the key-value cache)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+    marks = [_now(model)]
+    output = model(tokens, use_cache=True, logits_to_keep=1)
+    marks.append(_now(model))
+    for _ in range(generate):
+        following = output.logits[:, -1:].argmax(-1)
+        output = model(following, past_key_values=output.past_key_values, use_cache=True)
+        marks.append(_now(model))
+    spans = [(later - earlier) * 1000 for earlier, later in itertools.pairwise(marks)]
+    return {"prefill_ms": spans[0], "decode_ms": spans[1:]}
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak(model: PreTrainedModel) -> int:
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _answer(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

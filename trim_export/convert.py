@@ -1,0 +1,118 @@
+"""Rewriting an artifact: in another encoding, as a plain dense model, or as scipy files.
+
+Matrices pass through one at a time. Everything is written into a staging directory that takes its final name last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trim_export.artifact import INDEX, MANIFEST, Artifact
+from trim_export.artifact_writer import sparse_config, write_index, write_manifest
+from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
+from trim_export.errors import UsageError, choose
+from trim_export.storage import canonical_json, read_json, write_bytes, write_tensors
+
+__all__ = ["TARGETS", "convert"]
+
+
+def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Write ``artifact`` in another form into a new directory.
+
+    Args:
+        artifact: a finished artifact.
+        target: a name in `TARGETS`: an encoding (the result is an artifact again), ``dense`` (a plain model directory
+            with zeros, for any tool) or ``scipy`` (one ``.npz`` for each matrix and the other tensors).
+        out: the directory to make; must not exist or be empty.
+        block: rows and columns of a block, for ``bsr``.
+
+    Returns:
+        What was written: target, directory, bytes before and after.
+
+    Raises:
+        UsageError: unknown target, a block without ``bsr``, or ``out`` in the way.
+    """
+    writer = choose("target", target, TARGETS)
+    if block is not None and target != "bsr":
+        raise UsageError(f"--block belongs to --to bsr, not to {target}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists already; give another directory")
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        writer(artifact, staging, Bsr(block) if block else ENCODINGS.get(target))
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    written = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".npz"))
+    before = artifact.manifest["bytes"]
+    return {"target": target, "directory": str(out), "bytes": written, "bytes_before": before["artifact"],
+            "bytes_dense": before["dense"]}  # fmt: skip
+
+
+def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+    """The same artifact with every matrix in ``encoding``."""
+    assert encoding is not None
+    _copy_description(artifact, out, sparse_config(list(artifact.modules), encoding.name))
+    _rewrite_shards(artifact, out, encoding.encode)
+    write_index(out)
+    inherited = {key: value for key, value in artifact.manifest.items() if key not in ("files", "bytes")}
+    write_manifest(out, inherited | {"encoding": encoding.name}, artifact.manifest["bytes"]["dense"])
+
+
+def _write_dense(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+    """An ordinary model directory, every pruned weight a stored zero."""
+    _copy_description(artifact, out, None)
+    _rewrite_shards(artifact, out, lambda matrix: {"weight": matrix.to_dense()})
+    write_index(out)
+
+
+def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+    """``MODULE.npz`` for each matrix (scipy.sparse.load_npz), the remaining tensors in safetensors files."""
+    _copy_description(artifact, out, None)
+    for name, matrix in artifact.matrices():
+        scipy.save(out / f"{name}.npz", matrix)
+    for shard in artifact.shards:
+        write_tensors(out / shard, artifact.dense_tensors(shard))
+
+
+def _rewrite_shards(artifact: Artifact, out: Path, encode: Callable[[SparseMatrix], dict[str, Tensor]]) -> None:
+    for shard in artifact.shards:
+        tensors = artifact.dense_tensors(shard)
+        for name, entry in artifact.modules.items():
+            if entry["file"] == shard:
+                encoded = encode(artifact.matrix(name, entry))
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+        write_tensors(out / shard, tensors)
+
+
+def _copy_description(artifact: Artifact, out: Path, quantization_config: dict[str, Any] | None) -> None:
+    """Configuration and tokenizer; the weights, their index, the card and the manifest are made anew."""
+    for name in artifact.manifest["files"]:
+        if name.endswith(".safetensors") or name in (INDEX, MANIFEST, "README.md", "config.json"):
+            continue
+        write_bytes(out / name, (artifact.path / name).read_bytes())
+    config = read_json(artifact.path / "config.json")
+    config.pop("quantization_config", None)
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    write_bytes(out / "config.json", canonical_json(config))
+
+
+TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None], None]] = {
+    "bitmap": _write_artifact,
+    "csr": _write_artifact,
+    "bsr": _write_artifact,
+    "dense": _write_dense,
+    "scipy": _write_scipy,
+}
+"""What an artifact can be converted to."""

@@ -1,0 +1,110 @@
+"""Parity: does every runtime compute what the dense model with the same zeros computes?
+
+The reference multiplies the stored weights densely in float32. Each runtime then reads the same prompts whole
+(prefill) and token by token through its key-value cache (decode), following the reference's own continuation.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trim_export.artifact import Artifact
+from trim_export.evaluate import Divergence, divergence
+from trim_export.models import dtype_name
+from trim_export.runtimes import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PROMPTS", "TOLERANCES", "Tolerance", "verify"]
+
+PROMPTS = (
+    "The capital of France is",
+    "In 1969, two astronauts walked on the surface of the Moon while a third stayed in orbit above them.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "The recipe needs 250 g of flour, three eggs and a pinch of salt. First, mix the",
+    "Question: Why is the sky blue?\nAnswer:",
+    "Ein Vogel sitzt auf dem Dach und singt; der Himmel ist",
+)
+DECODED = 24
+"""Tokens that are decoded one by one after each prompt."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a runtime may differ by; the sums of a product in another order are not the same number."""
+
+    kl: float
+    argmax_agreement: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(kl=1e-6, argmax_agreement=0.995),
+    torch.bfloat16: Tolerance(kl=2e-2, argmax_agreement=0.90),
+    torch.float16: Tolerance(kl=1e-3, argmax_agreement=0.97),
+}
+"""By the dtype that the model computes in. Activations in bfloat16 carry 8 bits, whatever the runtime."""
+
+
+@torch.inference_mode()
+def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Iterable[str]) -> dict[str, Any]:
+    """Compare runtimes with the dense masked model on real prompts.
+
+    Returns:
+        ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}]}``.
+    """
+    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
+    reference = load(artifact.path, "dense", dtype=torch.float32)
+    sequences = [_continue(reference, prompt) for prompt in prompts]
+    expected = [_logits(reference, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+    del reference
+    results = []
+    for name in runtimes:
+        gc.collect()
+        model = load(artifact.path, name)
+        given = [_logits(model, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+        results.append(_judge(name, model.dtype, expected, given))
+        del model
+    return {"passed": all(result["passed"] for result in results), "runtimes": results}
+
+
+def _continue(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """The prompt and its greedy continuation of `DECODED` tokens."""
+    text: Tensor = model.generate(  # type: ignore[operator]
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        do_sample=False,
+        min_new_tokens=DECODED,
+        max_new_tokens=DECODED,
+        pad_token_id=0,
+    )
+    return text[0]
+
+
+def _logits(model: PreTrainedModel, sequence: Tensor, prompt: int) -> Tensor:
+    """float32 ``[tokens, vocabulary]``: the prompt in one pass, then one token at a time with the cache."""
+    output = model(sequence[None, :prompt], use_cache=True)
+    pieces = [output.logits[0]]
+    for position in range(prompt, len(sequence)):
+        output = model(sequence[None, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        pieces.append(output.logits[0])
+    return torch.cat(pieces).float()
+
+
+def _judge(name: str, dtype: torch.dtype, expected: Sequence[Tensor], given: Sequence[Tensor]) -> dict[str, Any]:
+    found: Divergence = divergence(torch.cat(list(expected)), torch.cat(list(given)))
+    tolerance = TOLERANCES[dtype]
+    passed = found.kl <= tolerance.kl and found.argmax_agreement >= tolerance.argmax_agreement
+    return {
+        "name": name,
+        "dtype": dtype_name(dtype),
+        **asdict(found),
+        "tolerance": asdict(tolerance),
+        "passed": passed,
+    }
