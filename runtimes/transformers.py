@@ -190,6 +190,8 @@ class TrimSparseQuantizer(HfQuantizer):
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name in self.quantization_config.modules:
             path = _name_in(model, name, linears)
+            if path is None and model.base_model is model and not name.startswith(f"{model.base_model_prefix}."):
+                continue  # a pruned LM head, which the base model does without
             if path is None:
                 raise ArtifactError(f"{name}: {type(model).__name__} has no linear module of that name")
             stored = {suffix: headers.get(f"{name}.{suffix}") for suffix in self.encoding.tensors}

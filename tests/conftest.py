@@ -47,7 +47,9 @@ def pruned(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     def make(kind: str, dtype: torch.dtype = torch.float32) -> Artifact:
         dense = load_model(str(tiny(kind, dtype)))
         out = tmp_path_factory.mktemp("pruned") / kind
-        return prune(dense, make_recipe("best", 0.6), tiny_tokens(), out, Compute(torch.device("cpu"), False))
+        return prune(
+            dense, make_recipe("best", 0.6, update="none"), tiny_tokens(), out, Compute(torch.device("cpu"), False)
+        )
 
     return make
 

@@ -2,7 +2,8 @@
 
     config.json, tokenizer files, README.md      what transformers and people read
     block-00000.safetensors ...                  one shard for each decoder block: the unit of resuming
-    rest.safetensors                             embeddings, norms, head
+    head.safetensors                             the LM head, if it was pruned
+    rest.safetensors                             embeddings, norms, a dense head
     model.safetensors.index.json                 tensor -> shard
     trim_manifest.json                           written last: what was done, counts and hashes
 
@@ -24,11 +25,22 @@ from trim_export.converters import ENCODINGS, Encoding, SparseMatrix
 from trim_export.errors import ArtifactError, choose
 from trim_export.storage import read_json, safe_file, sha256_file
 
-__all__ = ["FORMAT_VERSION", "JOURNAL", "MANIFEST", "REST", "Artifact", "block_shard", "open_artifact", "verify_files"]
+__all__ = [
+    "FORMAT_VERSION",
+    "HEAD",
+    "JOURNAL",
+    "MANIFEST",
+    "REST",
+    "Artifact",
+    "block_shard",
+    "open_artifact",
+    "verify_files",
+]
 
 MANIFEST = "trim_manifest.json"
 JOURNAL = "trim_journal.json"
 INDEX = "model.safetensors.index.json"
+HEAD = "head.safetensors"
 REST = "rest.safetensors"
 FORMAT_VERSION = 1
 
@@ -156,8 +168,8 @@ def _why_unfinished(path: Path) -> str:
         return f"{path}: not a trim-export artifact (no {MANIFEST})"
     journal = read_json(path / JOURNAL)
     try:
-        done, total = len(journal["shards"]), journal["blocks"]
-    except (KeyError, TypeError):
+        done, total = len(journal["shards"].keys() - {HEAD}), journal["blocks"]
+    except (AttributeError, KeyError, TypeError):
         return f"{path / JOURNAL}: damaged; prune again with --overwrite"
     return f"{path}: unfinished, {done} of {total} blocks; run the same prune command with --resume"
 

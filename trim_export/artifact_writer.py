@@ -14,22 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import trim_export
-from trim_export.artifact import FORMAT_VERSION, INDEX, JOURNAL, MANIFEST, REST, Artifact, block_shard, open_artifact
+from trim_export.artifact import FORMAT_VERSION, INDEX, JOURNAL, MANIFEST, REST, Artifact, open_artifact
 from trim_export.converters import ENCODINGS, SparseMatrix
 from trim_export.errors import ArtifactError, UsageError
-from trim_export.models import DenseModel, dtype_name, projections
+from trim_export.models import DenseModel, dtype_name, projections, unique_tensors
 from trim_export.recipe import fingerprint, first_difference
 from trim_export.report import in_order, model_card
 from trim_export.storage import canonical_json, read_json, sha256_file, temporary_file, write_bytes, write_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 __all__ = [
     "Journal",
@@ -39,10 +38,10 @@ __all__ = [
     "remove_artifact",
     "require_room",
     "sparse_config",
-    "write_block",
     "write_description",
     "write_index",
     "write_manifest",
+    "write_unit",
 ]
 
 ENCODING = ENCODINGS["bitmap"]
@@ -136,23 +135,24 @@ def remove_artifact(out: Path) -> None:
         shutil.rmtree(out)
 
 
-def write_block(
+def write_unit(
     journal: Journal,
-    index: int,
+    file: str,
     name: str,
-    block: nn.Module,
+    unit: nn.Module,
     pruned: Mapping[str, SparseMatrix],
     reports: Mapping[str, dict[str, Any]],
 ) -> Journal:
-    """Write one block's shard: pruned matrices encoded, everything else (norms, biases) as it is."""
-    file = block_shard(index)
-    tensors = {f"{name}.{path}": value for path, value in block.state_dict().items()}
+    """Write the shard of a block (or of the LM head, whose one matrix has the path ""): pruned matrices encoded,
+    everything else (norms, biases) as it is."""
+    tensors = {_join(name, path): value for path, value in unit.state_dict().items()}
     for path, matrix in pruned.items():
-        del tensors[f"{name}.{path}.weight"]
+        module = _join(name, path)
+        del tensors[f"{module}.weight"]
         stored = SparseMatrix(matrix.mask.cpu(), matrix.values.cpu())
-        tensors |= {f"{name}.{path}.{suffix}": tensor for suffix, tensor in ENCODING.encode(stored).items()}
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in ENCODING.encode(stored).items()}
     write_tensors(journal.out / file, tensors)
-    modules = {f"{name}.{path}": {"file": file, **report} for path, report in reports.items()}
+    modules = {_join(name, path): {"file": file, **report} for path, report in reports.items()}
     return journal.with_shard(file, {"sha256": sha256_file(journal.out / file), "modules": modules})
 
 
@@ -171,31 +171,29 @@ def load_shard_into(block: nn.Module, name: str, file: Path, entry: dict[str, An
         linear.weight.data = ENCODING.decode(parts, shape).to_dense().to(linear.weight.device)
 
 
-def finish_artifact(journal: Journal, dense: DenseModel, blocks: Mapping[str, nn.Module]) -> Artifact:
-    """Write what belongs to no block, the configuration, the card, and last of all the manifest."""
-    rest = _unique(
+def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.Module]) -> Artifact:
+    """Write what belongs to no pruned unit, the configuration, the card, and last of all the manifest."""
+    rest = unique_tensors(
         {
             name: tensor
             for name, tensor in dense.model.state_dict().items()
-            if not any(name.startswith(f"{block}.") for block in blocks)
+            if not any(name.startswith(f"{unit}.") for unit in units)
         }
     )
     write_tensors(journal.out / REST, rest)
     # In one order whether or not the journal was read back from disk on the way.
     modules = dict(in_order({n: entry for shard in journal.shards.values() for n, entry in shard["modules"].items()}))
-    # Named in the model's order: a resumed run has read its journal, whose keys are sorted.
-    names = [f"{name}.{path}" for name, block in blocks.items() for path in projections(block)]
-    write_description(journal.out, dense, sparse_config(names, ENCODING.name))
+    write_description(journal.out, dense, sparse_config(list(modules), ENCODING.name))
     write_index(journal.out)
     facts = {
         "run": journal.run,
         "source": journal.run["source"] | {"architecture": type(dense.model).__name__},
         "encoding": ENCODING.name,
-        "weights_updated": False,
+        "weights_updated": journal.run["recipe"]["update"] != "none",
         "sparsity": _sparsity(journal.run["recipe"]["sparsity"], modules),
         "modules": modules,
     }
-    artifact = write_manifest(journal.out, facts, _dense_bytes(dense.model))
+    artifact = write_manifest(journal.out, facts, journal.run["source"]["bytes"])
     (journal.out / JOURNAL).unlink()
     return artifact
 
@@ -255,27 +253,14 @@ def write_manifest(out: Path, facts: Mapping[str, Any], dense_bytes: int) -> Art
     return open_artifact(out)
 
 
+def _join(name: str, path: str) -> str:
+    return f"{name}.{path}" if path else name
+
+
 def _sparsity(target: float, modules: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in modules.values())
     kept = sum(entry["nnz"] for entry in modules.values())
     return {"target": target, "achieved": 1 - kept / weights}
-
-
-def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop tied tensors: of several names for one storage the first stays, the others are tied again at load."""
-    seen: set[tuple[int, torch.Size]] = set()
-    kept = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in seen:
-            seen.add(place)
-            kept[name] = tensor
-    return kept
-
-
-def _dense_bytes(model: PreTrainedModel) -> int:
-    """Weight bytes of the dense model in its dtype, tied tensors once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _unique(model.state_dict()).values())
 
 
 def _shards(out: Path) -> list[Path]:

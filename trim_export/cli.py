@@ -89,6 +89,10 @@ def prune(
     score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude.")] = None,
     layers: Annotated[str | None, typer.Option(help="Block budget: uniform, owl, alpha.")] = None,
     rows: Annotated[str | None, typer.Option(help="Row budget: trim, uniform, matrix.")] = None,
+    update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
+    head: Annotated[
+        bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")
+    ] = False,
     calibration: Annotated[
         str | None, typer.Option(help="Text or JSONL file, c4, wikitext2, or self (the model's own text).")
     ] = None,
@@ -114,6 +118,8 @@ def prune(
         score=score,
         layers=_layer_budget(layers, owl_strength, owl_threshold, alpha_epsilon),
         rows=rows,
+        update=update,
+        head=head,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,17 @@ from trim_export.errors import EnvironmentLacks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockCall", "Compute", "block_calls", "choose_compute", "embed", "run_block"]
+__all__ = [
+    "BlockCall",
+    "Compute",
+    "StopForward",
+    "batch_windows",
+    "block_calls",
+    "choose_compute",
+    "embed",
+    "finish_forward",
+    "run_block",
+]
 
 TOKENS_PER_BATCH = 4096
 
@@ -39,13 +49,28 @@ class Compute:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is called with besides the hidden states (positions, masks): the same for every batch."""
+    """How a block is called, the same for every batch.
+
+    Attributes:
+        args, kwargs: what it gets besides the hidden states (positions, masks).
+        gives_tuple: whether it returns the hidden states inside a tuple.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    gives_tuple: bool
+
+    def run(self, block: nn.Module, batch: Tensor, compute: Compute) -> Tensor:
+        """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
+        with compute.context():
+            output = block(
+                batch.to(compute.device), *_move(self.args, compute.device), **_move(self.kwargs, compute.device)
+            )
+        result: Tensor = output[0] if self.gives_tuple else output
+        return result
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass once what was wanted has been seen."""
 
 
@@ -70,14 +95,14 @@ def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -
 
     def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _StopForward
+        raise StopForward
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in tokens.split(batch_windows(tokens.shape[1])):
             try:
                 model.base_model(batch, use_cache=False)
-            except _StopForward:
+            except StopForward:
                 continue
     finally:
         handle.remove()
@@ -93,11 +118,11 @@ def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: Ten
     """
     calls: list[BlockCall] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(BlockCall(args[1:], rest))
+        calls.append(BlockCall(args[1:], rest, isinstance(output, tuple)))
 
-    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     try:
         model.base_model(window, use_cache=False)
     finally:
@@ -112,16 +137,28 @@ def run_block(
     call: BlockCall,
     hidden: Tensor,
     compute: Compute,
-    advance: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Send all windows through one block, batch by batch; the result stays in the host's memory."""
-    args, kwargs = _move(call.args, compute.device), _move(call.kwargs, compute.device)
+    batches = hidden.split(batch_windows(hidden.shape[1]))
+    return torch.cat([call.run(block, batch, compute).to(hidden.device, hidden.dtype) for batch in batches])
+
+
+@torch.no_grad()
+def finish_forward(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], calls: Sequence[BlockCall], tokens: Tensor, hidden: Tensor
+) -> Tensor:
+    """What enters the LM head when the last block gave ``hidden``: the rest of the model, its blocks left out."""
     outputs = []
-    for batch in hidden.split(batch_windows(hidden.shape[1])):
-        with compute.context():
-            output = block(batch.to(compute.device), *args, **kwargs)
-        outputs.append((output[0] if isinstance(output, tuple) else output).to(hidden.device, hidden.dtype))
-        advance()
+    windows = batch_windows(hidden.shape[1])
+    for ids, states in zip(tokens.split(windows), hidden.split(windows), strict=True):
+        for block, call in zip(blocks, calls, strict=True):
+            given = (states,) if call.gives_tuple else states
+            block.forward = lambda *_, given=given, **__: given  # hides the method until it is deleted again
+        try:
+            outputs.append(model.base_model(ids, use_cache=False).last_hidden_state)
+        finally:
+            for block in blocks:
+                del block.forward
     return torch.cat(outputs)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError, choose
 from trim_export.storage import sha256_file
@@ -117,10 +117,42 @@ def projections(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def output_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The LM head and its name, made independent of the embedding it may be tied to.
+
+    Raises:
+        ModelError: there is none, or it is not an `nn.Linear`.
+    """
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__}: no linear LM head to prune")
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    return name, head
+
+
 def unprunable_matrices(block: nn.Module) -> list[str]:
     """Matrices of a block that are not `nn.Linear` (GPT-2 Conv1D, stacked experts) and therefore stay dense."""
     linear = {f"{name}.weight" for name in projections(block)}
     return [name for name, parameter in block.named_parameters() if parameter.dim() >= 2 and name not in linear]
+
+
+def unique_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop tied tensors: of several names for one storage the first stays, the others are tied again at load."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            seen.add(place)
+            kept[name] = tensor
+    return kept
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights in its dtype, tied tensors once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique_tensors(model.state_dict()).values())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

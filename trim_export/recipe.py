@@ -12,6 +12,7 @@ from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
 from trim_export.storage import canonical_json
 from trim_export.trim import EXACT, PAPER, ROW_CAP, Policy
+from trim_export.updates import UPDATES
 
 __all__ = ["RECIPES", "Recipe", "first_difference", "make_recipe"]
 
@@ -27,7 +28,9 @@ class Recipe:
         score: name in `SCORES`.
         layers: the block budget with its parameters.
         rows: name in `ROW_BUDGETS`.
+        update: name in `UPDATES`: what the kept weights become.
         counts: ``exact`` (counts sum to the target, never above the cap) or ``paper`` (the authors' code to the bit).
+        head: whether the LM head is pruned too.
         calibration: text file, data set or ``self``.
         samples: calibration windows.
         sequence_length: tokens of each window.
@@ -38,7 +41,9 @@ class Recipe:
     score: str = "wanda"
     layers: LayerBudget = field(default_factory=Uniform)
     rows: str = "trim"
+    update: str = "none"
     counts: str = "exact"
+    head: bool = False
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 128
@@ -56,7 +61,7 @@ class Recipe:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
-    "paper": {"score": "wanda", "rows": "trim", "counts": "paper"},
+    "paper": {"score": "wanda", "rows": "trim", "update": "none", "counts": "paper"},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""
 
@@ -74,6 +79,7 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     choose("score", recipe.score, SCORES)
     choose("layer budget", recipe.layers.name, LAYER_BUDGETS)
     choose("row budget", recipe.rows, ROW_BUDGETS)
+    choose("weight update", recipe.update, UPDATES)
     if recipe.rows == "trim" and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
     for setting in ("samples", "sequence_length"):

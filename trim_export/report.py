@@ -9,7 +9,17 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["bench_table", "block_table", "facts", "in_order", "megabytes", "model_card", "module_table", "summary_table", "table"]
+__all__ = [
+    "bench_table",
+    "block_table",
+    "facts",
+    "in_order",
+    "megabytes",
+    "model_card",
+    "module_table",
+    "summary_table",
+    "table",
+]
 
 
 def megabytes(count: float) -> str:
@@ -169,11 +179,9 @@ them.
 
 
 def _method(recipe: dict[str, Any]) -> str:
-    return (
-        f"{recipe['score']} scores, {recipe['rows']} row budgets, {recipe['layers']['name']} block budgets, "
-        f"{recipe['counts']} counts; calibrated on {recipe['samples']} x {recipe['sequence_length']} tokens of "
-        f"{recipe['calibration']}, seed {recipe['seed']}"
-    )
+    budgets = f"{recipe['rows']} row budgets, {recipe['layers']['name']} block budgets, {recipe['counts']} counts"
+    text = f"{recipe['samples']} x {recipe['sequence_length']} tokens of {recipe['calibration']}, seed {recipe['seed']}"
+    return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
 
 
 def _achieved(entries: Sequence[dict[str, Any]]) -> float:

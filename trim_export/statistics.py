@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trim_export.errors import ModelError
 
-__all__ = ["InputStatistics", "collect_inputs"]
+__all__ = ["InputStatistics", "collect_inputs", "input_statistics"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,15 @@ class _Accumulator:
         return InputStatistics(self.square_sum / len(last), last.T.contiguous())
 
 
+def input_statistics(inputs: Tensor, name: str) -> InputStatistics:
+    """Statistics of inputs that are at hand, ``[windows, tokens, columns]``; ``name`` is the layer that reads them."""
+    accumulator = _Accumulator(inputs.shape[-1], inputs.device)
+    accumulator.add(inputs, len(inputs))
+    return accumulator.finish(name)
+
+
 def collect_inputs(
-    block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], None], block_name: str
+    block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], object], block_name: str
 ) -> dict[str, InputStatistics]:
     """Gather the input statistics of ``linears`` while ``run`` sends the calibration windows through ``block``.
 

@@ -22,6 +22,10 @@ from trim_export.artifact import REST, Artifact, block_shard, open_artifact, ver
 from trim_export.convert import convert
 from trim_export.converters import ENCODINGS, SparseMatrix
 from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError
+from trim_export.forward import Compute
+from trim_export.models import load_model
+from trim_export.prune import prune
+from trim_export.recipe import make_recipe
 from trim_export.runtimes import RUNTIMES, SparseLinear, load, pick_runtime
 from trim_export.runtimes.transformers import TrimSparseConfig
 
@@ -207,6 +211,66 @@ def test_a_loaded_model_is_not_trainable(pruned: Pruned) -> None:
     assert not any(
         parameter.requires_grad for module in sparse_modules(model).values() for parameter in module.parameters()
     )
+
+
+# ---- a pruned LM head --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_head(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """An artifact whose LM head is pruned too, and untied if it was tied."""
+
+    @functools.cache
+    def make(kind: str) -> Artifact:
+        recipe = make_recipe("best", 0.6, update="none", head=True)
+        out = tmp_path_factory.mktemp("with-head") / kind
+        return prune(load_model(str(tiny(kind))), recipe, TOKENS, out, Compute(torch.device("cpu"), autocast=False))
+
+    return make
+
+
+def masked_with_head(artifact: Artifact, kind: str) -> PreTrainedModel:
+    model = tiny_model(kind)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    for name, matrix in artifact.matrices():
+        weight = model.get_submodule(name).weight
+        weight.data = weight.data * matrix.mask
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "opt", "gpt-neox"])
+def test_a_pruned_head(kind: str, with_head: Callable[[str], Artifact], tmp_path: Path) -> None:
+    artifact = with_head(kind)
+    expected = masked_with_head(artifact, kind)
+    model, report = AutoModelForCausalLM.from_pretrained(artifact.path, output_loading_info=True)
+    assert not any(report.values())
+    assert "lm_head" in sparse_modules(model)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-4)
+    options = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **options),
+        expected.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **options),
+    )
+    # Saved and densified like any other.
+    model.save_pretrained(tmp_path / "once")
+    load(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    for file in (tmp_path / "once").iterdir():
+        assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
+    assert_same_weights(load(artifact.path, "dense"), expected)
+    densified = load(artifact.path).dequantize()
+    densified.save_pretrained(tmp_path / "dense")
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt"])
+def test_the_base_model_leaves_a_pruned_head_out(kind: str, with_head: Callable[[str], Artifact]) -> None:
+    artifact = with_head(kind)
+    model = AutoModel.from_pretrained(artifact.path)
+    assert len(sparse_modules(model)) == len(artifact.modules) - 1
+    with torch.no_grad():
+        ours = model(TOKENS).last_hidden_state
+        theirs = masked_with_head(artifact, kind).base_model(TOKENS).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 # ---- saving and densifying ---------------------------------------------------------------------------------------

@@ -230,6 +230,7 @@ def test_the_run_is_described(artifact: Artifact, tiny: Callable[..., Path]) -> 
         "model": KIND,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "dtype": "float32",
+        "bytes": manifest["bytes"]["dense"],
         "architecture": "LlamaForCausalLM",
     }
     assert manifest["run"]["recipe"]["sparsity"] == 0.6

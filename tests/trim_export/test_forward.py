@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, UNPRUNABLE, tiny_model, tiny_tokens
@@ -10,13 +13,11 @@ from transformers import PreTrainedModel
 
 from trim_export import forward
 from trim_export.errors import EnvironmentLacks
-from trim_export.forward import Compute, batch_windows, block_calls, choose_compute, embed, run_block
+from trim_export.forward import Compute, batch_windows, block_calls, choose_compute, embed, finish_forward, run_block
 from trim_export.models import decoder_blocks
 
 EXACT = Compute(torch.device("cpu"), autocast=False)
 LENGTH = 12
-
-FINAL_NORM = {"opt": "decoder.final_layer_norm", "gpt-neox": "final_layer_norm", "gpt2": "ln_f"}
 
 
 def by_blocks(model: PreTrainedModel, tokens: Tensor, compute: Compute = EXACT) -> list[Tensor]:
@@ -38,14 +39,25 @@ def test_blocks_in_turn_make_the_models_hidden_states(
     model = tiny_model(kind)
     tokens = tiny_tokens(5, LENGTH)
     *inputs, last = by_blocks(model, tokens)
-    norm = model.base_model.get_submodule(FINAL_NORM.get(kind, "norm"))
+    blocks = list(decoder_blocks(model).values())
+    finished = finish_forward(model, blocks, block_calls(model, blocks, tokens[:1]), tokens, last)
     with torch.no_grad():
         whole = model.base_model(tokens, output_hidden_states=True, use_cache=False)
-        ours = [*inputs, norm(last)]
-    assert len(ours) == len(whole.hidden_states)
-    for mine, theirs in zip(ours, whole.hidden_states, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours[-1], whole.last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert len(inputs) + 1 == len(whole.hidden_states)
+    for ours, theirs in zip([*inputs, finished], whole.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(finished, whole.last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_finishing_takes_what_it_is_given_and_leaves_the_blocks_as_they_were() -> None:
+    model = tiny_model("llama")
+    tokens = tiny_tokens(2, LENGTH)
+    blocks = list(decoder_blocks(model).values())
+    calls = block_calls(model, blocks, tokens[:1])
+    before = by_blocks(model, tokens)
+    given = torch.randn(2, LENGTH, 32)
+    assert torch.equal(finish_forward(model, blocks, calls, tokens, given), model.model.norm(given))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(by_blocks(model, tokens), before, strict=True))
 
 
 def test_gemma3_calls_differ_between_sliding_and_global_blocks() -> None:
@@ -63,13 +75,11 @@ def test_batches_have_the_expected_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
     model = tiny_model("llama")
     blocks = list(decoder_blocks(model).values())
     sizes: list[int] = []
-    advanced: list[None] = []
     calls = block_calls(model, blocks, tiny_tokens(1, LENGTH))
     hidden = embed(model, blocks, tiny_tokens(5, LENGTH))
     blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    run_block(blocks[0], calls[0], hidden, EXACT, advance=lambda: advanced.append(None))
+    run_block(blocks[0], calls[0], hidden, EXACT)
     assert sizes == [2, 2, 1]
-    assert len(advanced) == 3
     assert batch_windows(LENGTH) == 2
     assert batch_windows(1000) == 1
 
@@ -83,7 +93,7 @@ def test_no_hook_is_left_behind_even_after_an_error() -> None:
         block_calls(model, blocks, torch.full((1, 4), 10_000))
     embed(model, blocks, tiny_tokens())
     block_calls(model, blocks, tiny_tokens(1))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_nothing_records_gradients() -> None:
@@ -113,13 +123,31 @@ def test_half_precision_models_keep_their_dtype(dtype: torch.dtype) -> None:
 
 
 def test_blocks_that_return_tuples() -> None:
-    class Block(nn.Module):
-        def forward(self, hidden: Tensor, scale: Tensor) -> tuple[Tensor, str]:
-            return hidden * scale, "attention weights"
+    class Wrapped(nn.Module):
+        """A block as transformers 4 had them: attention weights, caches and the like come along."""
 
-    call = forward.BlockCall((), {"scale": torch.tensor(3.0)})
-    hidden = torch.ones(2, 4, 8)
-    assert torch.equal(run_block(Block(), call, hidden, EXACT), 3 * hidden)
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden: Tensor, **rest: Any) -> tuple[Tensor, None]:
+            return self.inner(hidden, **rest), None
+
+    class Layers(nn.ModuleList):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([lambda *args, block=block, **rest: block(*args, **rest)[0] for block in super().__iter__()])
+
+    model, tokens = tiny_model("llama"), tiny_tokens(3, LENGTH)
+    expected = by_blocks(model, tokens)
+    blocks = [Wrapped(block) for block in model.model.layers]
+    model.model.layers = Layers(blocks)
+    calls = block_calls(model, blocks, tokens[:1])
+    assert all(call.gives_tuple for call in calls)
+    hidden = expected[0]
+    for block, call, after in zip(blocks, calls, expected[1:], strict=True):
+        hidden = run_block(block, call, hidden, EXACT)
+        assert torch.equal(hidden, after)
+    assert torch.equal(finish_forward(model, blocks, calls, tokens, hidden), model.model.norm(hidden))
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,11 @@ def test_owl_measures_the_share_of_outliers_over_the_whole_block(threshold: floa
     assert Owl(threshold=threshold).measure({}, scores) == expected
 
 
+def test_owl_takes_a_score_at_the_threshold_for_ordinary() -> None:
+    assert Owl(threshold=5.0).measure({}, {"q": torch.tensor([[5.0, 0, 0, 0, 0]])}) == 0
+    assert Owl(threshold=4.9).measure({}, {"q": torch.tensor([[5.0, 0, 0, 0, 0]])}) == 0.2
+
+
 @pytest.mark.parametrize("strength", [0.05, 0.08, 0.12])
 @pytest.mark.parametrize("target", [0.5, 0.7])
 def test_owl_allocates_by_its_formula(strength: float, target: float) -> None:
@@ -104,6 +109,13 @@ def hill_by_hand(weight: NDArray[np.float64], bins: int = 100) -> float:
     ],
 )
 def test_hill_alpha_is_the_best_fitting_tail(weight: Tensor) -> None:
+    assert hill_alpha(weight) == pytest.approx(hill_by_hand(weight.double().numpy()), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("size", [2, 3, 5, 30])
+def test_hill_alpha_of_few_eigenvalues_is_the_best_fitting_tail_too(size: int, seed: int) -> None:
+    weight = torch.diag((2 * draw(size, seed=seed)).exp())
     assert hill_alpha(weight) == pytest.approx(hill_by_hand(weight.double().numpy()), rel=1e-3)
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_tokens
 
 import trim_export.prune
-from trim_export.artifact import JOURNAL, MANIFEST, REST, Artifact, block_shard, open_artifact, verify_files
+from trim_export.artifact import HEAD, JOURNAL, MANIFEST, REST, Artifact, block_shard, open_artifact, verify_files
 from trim_export.artifact_writer import remove_artifact
 from trim_export.errors import ArtifactError, ModelError, UsageError
 from trim_export.forward import Compute, block_calls, embed, run_block
@@ -22,14 +22,14 @@ from trim_export.layer_budgets import AlphaPruning, Owl
 from trim_export.models import DenseModel, decoder_blocks, load_model, projections
 from trim_export.prune import prune, prune_matrix
 from trim_export.recipe import Recipe, make_recipe
-from trim_export.statistics import collect_inputs
+from trim_export.statistics import collect_inputs, input_statistics
 from trim_export.storage import sha256_file
 
 Tiny = Callable[..., Path]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
 TOKENS = tiny_tokens()
-RECIPE = make_recipe("best", 0.5)
+RECIPE = make_recipe("best", 0.5, update="none")
 
 
 def dense_model(tiny: Tiny, kind: str = "llama", dtype: torch.dtype = torch.float32) -> DenseModel:
@@ -50,15 +50,15 @@ class Killed(BaseException):
 
 def kill_after(blocks: int, call: Callable[[], Any]) -> None:
     """Run ``call``, which is killed when it is about to write block ``blocks``."""
-    write_block = trim_export.prune.write_block
+    write_unit = trim_export.prune.write_unit
 
-    def write_or_die(journal: Any, index: int, *rest: Any) -> Any:
-        if index == blocks:
+    def write_or_die(journal: Any, shard: str, *rest: Any) -> Any:
+        if shard == block_shard(blocks):
             raise Killed
-        return write_block(journal, index, *rest)
+        return write_unit(journal, shard, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trim_export.prune, "write_block", write_or_die)
+        patch.setattr(trim_export.prune, "write_unit", write_or_die)
         with pytest.raises(Killed):
             call()
 
@@ -79,7 +79,7 @@ def test_kept_weights_are_the_dense_ones_and_counts_are_exact(
 ) -> None:
     dense = dense_model(tiny, kind, dtype)
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    artifact = prune(dense, make_recipe("best", sparsity, rows=rows), TOKENS, tmp_path / "out", CPU)
+    artifact = prune(dense, make_recipe("best", sparsity, rows=rows, update="none"), TOKENS, tmp_path / "out", CPU)
     after = dense.model.state_dict()
 
     expected_modules = {
@@ -110,7 +110,7 @@ def test_kept_weights_are_the_dense_ones_and_counts_are_exact(
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.95, 0.97])
 def test_extreme_sparsities(sparsity: float, tiny: Tiny, tmp_path: Path) -> None:
-    recipe = make_recipe("best", sparsity, rows="uniform" if sparsity > 0.95 else "trim")
+    recipe = make_recipe("best", sparsity, rows="uniform" if sparsity > 0.95 else "trim", update="none")
     artifact = prune(dense_model(tiny), recipe, TOKENS, tmp_path / "out", CPU)
     for entry in artifact.modules.values():
         rows, columns = entry["shape"]
@@ -129,7 +129,7 @@ def test_trim_rows_differ_and_are_no_worse_on_the_calibration_text(tiny: Tiny, t
 
 def test_whole_matrix_rows_by_magnitude_keep_the_largest_weights(tiny: Tiny, tmp_path: Path) -> None:
     dense = dense_model(tiny)
-    recipe = make_recipe("best", 0.7, rows="matrix", score="magnitude")
+    recipe = make_recipe("best", 0.7, rows="matrix", score="magnitude", update="none")
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
     for name, matrix in prune(dense, recipe, TOKENS, tmp_path / "out", CPU).matrices():
         weight = before[f"{name}.weight"].abs()
@@ -137,7 +137,7 @@ def test_whole_matrix_rows_by_magnitude_keep_the_largest_weights(tiny: Tiny, tmp
 
 
 def test_a_block_sees_what_the_pruned_blocks_before_it_put_out(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = make_recipe("best", 0.8)
+    recipe = replace(RECIPE, sparsity=0.8)
     dense = dense_model(tiny)
     artifact = prune(dense, recipe, TOKENS, tmp_path / "out", CPU)
     pruned_first = decoder_blocks(dense.model)["model.layers.0"]
@@ -174,7 +174,7 @@ def test_block_budgets_spread_around_the_target(
     kind: str, budget: Owl | AlphaPruning, tiny: Tiny, tmp_path: Path
 ) -> None:
     dense = dense_model(tiny, kind)
-    artifact = prune(dense, make_recipe("best", 0.6, layers=budget), TOKENS, tmp_path / "out", CPU)
+    artifact = prune(dense, replace(RECIPE, sparsity=0.6, layers=budget), TOKENS, tmp_path / "out", CPU)
     of_block: dict[str, set[float]] = {}
     for entry in artifact.modules.values():
         of_block.setdefault(entry["file"], set()).add(entry["target_sparsity"])
@@ -243,6 +243,86 @@ def test_stacked_experts_stay_dense(tiny: Tiny, tmp_path: Path) -> None:
     stored = artifact.dense_tensors(block_shard(0))
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(stored[name], before[name])
+
+
+# ---- the LM head -------------------------------------------------------------------------------------------------
+
+WITH_HEAD = replace(RECIPE, head=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "opt", "gpt-neox"])
+def test_the_head_is_pruned_when_asked_for(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    dense = dense_model(tiny, kind)
+    head, embeddings = dense.model.get_output_embeddings(), dense.model.get_input_embeddings()
+    before, embedded = head.weight.clone(), embeddings.weight.clone()
+    artifact = prune(dense, WITH_HEAD, TOKENS, tmp_path / "out", CPU)
+    entry = artifact.modules["lm_head"]
+    matrix = artifact.matrix("lm_head", entry)
+    assert entry["file"] == HEAD
+    assert before.numel() - matrix.nnz == round(0.5 * before.numel())
+    assert torch.equal(matrix.values, before[matrix.mask])
+    assert torch.equal(head.weight, matrix.to_dense())
+    # The embedding it may have been tied to stays whole.
+    assert torch.equal(embeddings.weight, embedded)
+    (name,) = (name for name, module in dense.model.named_modules() if module is embeddings)
+    assert torch.equal(artifact.dense_tensors(REST)[f"{name}.weight"], embedded)
+    assert json.loads((artifact.path / "config.json").read_text())["tie_word_embeddings"] is False
+    assert verify_files(artifact) == []
+
+
+def test_the_head_is_scored_on_what_the_pruned_model_gives_it(tiny: Tiny, tmp_path: Path) -> None:
+    dense = dense_model(tiny)
+    untouched = dense.model.lm_head.weight.clone()
+    artifact = prune(dense, WITH_HEAD, TOKENS, tmp_path / "out", CPU)
+    with torch.no_grad():
+        inputs = dense.model.base_model(TOKENS).last_hidden_state
+        inputs_of_dense = dense_model(tiny).model.base_model(TOKENS).last_hidden_state
+    stored = artifact.matrix("lm_head", artifact.modules["lm_head"]).mask
+    expected, other = (
+        prune_matrix(untouched, input_statistics(states, "lm_head"), 0.5, WITH_HEAD)[0].mask
+        for states in (inputs, inputs_of_dense)
+    )
+    assert torch.equal(stored, expected)
+    assert not torch.equal(stored, other)
+
+
+def test_the_blocks_are_pruned_alike_with_and_without_the_head(tiny: Tiny, tmp_path: Path) -> None:
+    for recipe in (RECIPE, WITH_HEAD):
+        prune(dense_model(tiny, "llama-tied"), recipe, TOKENS, tmp_path / str(recipe.head), CPU)
+    for index in range(2):
+        assert sha256_file(tmp_path / "True" / block_shard(index)) == sha256_file(
+            tmp_path / "False" / block_shard(index)
+        )
+
+
+def test_a_head_that_is_not_finite_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    dense = dense_model(tiny)
+    dense.model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(ModelError, match=r"^lm_head: NaN or infinity"):
+        prune(dense, WITH_HEAD, TOKENS, tmp_path / "out", CPU)
+
+
+def test_a_run_killed_around_the_head_continues_to_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, tmp_path / "whole", CPU)
+    replace_file = Path.replace
+    for file in (HEAD, REST):
+        out = tmp_path / file
+
+        def die(self: Path, target: Path, file: str = file) -> Path:
+            if target.name == file:
+                raise Killed
+            return replace_file(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            with pytest.raises(Killed):
+                prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, out, CPU)
+        with pytest.raises(ArtifactError, match="unfinished, 2 of 2 blocks"):
+            open_artifact(out)
+        prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, out, CPU, resume=True)
+        assert hashes(out) == hashes(tmp_path / "whole")
 
 
 # ---- killed and continued ----------------------------------------------------------------------------------------
@@ -384,10 +464,11 @@ def started(killed: Path, tmp_path: Path) -> Path:
         ("recipe.sparsity", {"recipe": replace(RECIPE, sparsity=0.6)}),
         ("recipe.seed", {"recipe": replace(RECIPE, seed=1)}),
         ("recipe.rows", {"recipe": replace(RECIPE, rows="uniform")}),
+        ("recipe.head", {"recipe": replace(RECIPE, head=True)}),
         ("recipe.layers", {"recipe": replace(RECIPE, layers=Owl())}),
         ("calibration_sha256", {"tokens": TOKENS + 1}),
         ("compute.autocast_bfloat16", {"compute": Compute(torch.device("cpu"), autocast=True)}),
-        ("source.dtype", {"dtype": torch.bfloat16}),
+        ("source.", {"dtype": torch.bfloat16}),
         ("source.", {"kind": "qwen2"}),
     ],
 )

@@ -85,7 +85,7 @@ def test_uniform_truncates_each_row_under_the_paper_policy(target: float, count:
 
 @POLICIES
 @pytest.mark.parametrize("levels", [None, 4])
-@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.3333, 0.5, 0.8, 0.99])
 def test_matrix_keeps_what_one_threshold_over_all_scores_keeps(
     target: float, levels: int | None, policy: Policy
 ) -> None:

@@ -109,6 +109,16 @@ def test_layers_that_read_one_tensor_share_one_result() -> None:
     assert results["q"] is results["k"] is results["v"]
 
 
+def test_a_tensor_that_is_sent_through_twice_counts_twice() -> None:
+    block, states = nn.Sequential(nn.Linear(FEATURES, 2)), hidden()
+
+    def twice(part: Tensor) -> None:
+        block(part)
+        block(part)
+
+    assert_is(collect(block, states, batch=7, call=twice)["0"], states.repeat(2, 1, 1))
+
+
 def test_layers_that_read_equal_but_other_tensors_do_not_share() -> None:
     results = collect(Block(), hidden())
     assert results["o"] is not results["q"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles.trim_literal import LiteralSearch, literal_search
 from safetensors import safe_open
@@ -159,6 +159,11 @@ def assert_counts_agree(actual: Tensor, expected: Tensor) -> None:
         (3, 100, 8, 0.7, 10, 0.04),
         (100, 24, 128, 0.8, 2, 0.04),
         (24, 64, 20, 0.6, 1, 0.08),
+        (3, 64, 4, 0.5, 4, 0.08),
+        (4, 100, 8, 0.8, 40, 0.12),
+        (6, 80, 4, 0.7, 49, 0.12),
+        (2, 100, 20, 0.7, 48, 0.16),
+        (6, 80, 4, 0.8, 25, 0.16),
         (24, 64, 20, 0.9, 1, -0.01),
         (30, 150, 40, 0.9, 1, -0.01),
         (64, 200, 33, 0.9, 6, -0.02),
@@ -290,6 +295,7 @@ def test_exact_counts_of_equal_rows_differ_by_at_most_one(rows: int, columns: in
     st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6)),
     st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.8, 0.9, ROW_CAP]),
 )
+@example((6, 38, 1, 1), 0.7)  # a tie that float32 and float64 break differently
 @settings(max_examples=60)
 def test_the_exact_search_meets_its_target_and_is_never_worse_than_uniform(
     shape: tuple[int, int, int, int], target: float

@@ -22,16 +22,24 @@ PENALTY_RANGE = 2.0**-16
 class Fista:
     """Minimise ``f(V) / 2 + penalty * |V|_1`` in scaled units, round to the budget, and polish.
 
-    The penalty, one for each group of weights that share a budget, is found by bisection of its logarithm; each trial
-    goes on from the previous one's weights, the first from those refitted on the given mask. What is kept in the end
-    are the largest of the last gradient step before shrinking, which orders zeros too.
+    The penalty, one for each group of weights that share a budget, is found by bisection of its logarithm. Every trial
+    starts from the weights refitted on the given mask: going on from the previous trial's, one penalty too strong would
+    spoil the rest. What is kept in the end are the largest of the last gradient step before shrinking, which orders
+    zeros too.
 
-    Time: ``trials * iterations + 2 polish`` products rows x columns x columns and two columns^3. Memory: eight
-    matrices of the weight's size and three of the Gram's.
+    The penalty is not meant to reach the budget by itself, since one that strong also shrinks what it keeps and then
+    chooses badly: on a real matrix at 80 % a converged run that did so ended above a refit of Wanda's mask (error .186
+    against .179). It aims at the geometric mean of the budget and all weights, which was near the best penalty at 50 %
+    and at 80 % (error .148 at 80 %); rounding does the rest. The number of steps matters for the same reason. Where all
+    that ends above the refit it started from, the refit is the answer.
+
+    Time: ``trials * short + iterations + 2 polish + 4`` products rows x columns x columns and two columns^3. Memory:
+    eight matrices of the weight's size and three of the Gram's.
 
     Attributes:
         trials: penalties tried.
-        iterations: accelerated gradient steps for each.
+        short: accelerated gradient steps of a trial, which only has to tell how many weights it would leave.
+        iterations: of the run with the penalty found.
         damp: ridge towards the dense weight, relative to the mean diagonal of the scaled Gram matrix.
         polish: iterations of conjugate gradients, before and after.
     """
@@ -51,32 +59,43 @@ class Fista:
         aim = (keep * support.grouped(support.mask).shape[1]).double().sqrt()
         high = support.grouped(scaled.target.abs()).amax(dim=1)
         low = high * PENALTY_RANGE
-        start = masked_cg(scaled, support.mask, scaled.weight, self.polish)
+        refitted = masked_cg(scaled, support.mask, scaled.weight, self.polish)
         for _ in range(self.trials):
             penalty = (low * high).sqrt()
-            values, _ = self._descend(scaled, start, penalty[:, None], step, self.short)
+            values, _ = _descend(scaled, refitted, penalty[:, None] * step, step, self.short)
             too_many = support.grouped(values).count_nonzero(dim=1) > aim
             low, high = torch.where(too_many, penalty, low), torch.where(too_many, high, penalty)
-        values, unshrunk = self._descend(scaled, start, high[:, None], step, self.iterations)
+        values, unshrunk = _descend(scaled, refitted, high[:, None] * step, step, self.iterations)
         mask = largest(support.grouped(unshrunk.abs_()), keep).view_as(values)
-        return scaled.finish(masked_cg(scaled, mask, values, self.polish), mask)
+        values = masked_cg(scaled, mask, values, self.polish)
+        worse = _objective(scaled, values, support) > _objective(scaled, refitted, support)
+        back = worse[:, None] if support.by_row else worse
+        return scaled.finish(torch.where(back, refitted, values), torch.where(back, support.mask, mask))
 
-    def _descend(self, scaled: ScaledProblem, start: Tensor, penalty: Tensor, step: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        """A few steps with Nesterov's momentum.
 
-        Returns:
-            The weights ``[rows, columns]``, and the same before the last shrinking.
-        """
-        values, ahead, momentum = start, start, 1.0
-        limit = penalty * step
-        for _ in range(iterations):
-            gradient = torch.addmm(scaled.target, ahead, scaled.gram, beta=-1)
-            unshrunk = torch.addcmul(ahead, gradient, step, value=-1)
-            previous, values = values, unshrunk - unshrunk.clamp(-limit, limit)
-            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            ahead = torch.lerp(previous, values, 1 + (momentum - 1) / following)
-            momentum = following
-        return values, unshrunk
+def _descend(
+    scaled: ScaledProblem, start: Tensor, limit: Tensor, step: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """A few steps with Nesterov's momentum, each shrinking all weights by ``limit`` (``[groups, 1]``).
+
+    Returns:
+        The weights ``[rows, columns]``, and the same before the last shrinking.
+    """
+    values, ahead, momentum = start, start, 1.0
+    for _ in range(iterations):
+        gradient = torch.addmm(scaled.target, ahead, scaled.gram, beta=-1)
+        unshrunk = torch.addcmul(ahead, gradient, step, value=-1)
+        previous, values = values, unshrunk - unshrunk.clamp(-limit, limit)
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = torch.lerp(previous, values, 1 + (momentum - 1) / following)
+        momentum = following
+    return values, unshrunk
+
+
+def _objective(scaled: ScaledProblem, values: Tensor, support: Support) -> Tensor:
+    """f with the ridge, up to a constant, of each group."""
+    image = torch.addmm(scaled.target, values, scaled.gram, beta=-2)
+    return support.grouped(image.mul_(values)).sum(dim=1)
 
 
 def largest_eigenvalue(gram: Tensor) -> Tensor:
@@ -86,4 +105,5 @@ def largest_eigenvalue(gram: Tensor) -> Tensor:
     """
     size = torch.linalg.matrix_norm(gram)
     square = (gram / size) @ (gram / size)
-    return torch.linalg.matrix_norm(square @ square).sqrt().sqrt() * size
+    bound: Tensor = torch.linalg.matrix_norm(square @ square).sqrt().sqrt() * size
+    return bound

@@ -35,7 +35,7 @@ class LayerProblem:
         target: float32 ``[rows, columns]``, the sum of y x^T over all tokens.
 
     Raises:
-        ModelError: the Gram matrix or the target is not finite.
+        ModelError: one of them is not finite.
     """
 
     weight: Tensor
@@ -47,9 +47,9 @@ class LayerProblem:
         if self.gram.shape != (columns, columns) or self.target.shape != (rows, columns):
             shapes = [tuple(tensor.shape) for tensor in (self.weight, self.gram, self.target)]
             raise ValueError(f"weight, Gram matrix and target do not fit together: {shapes}")
-        for name, tensor in (("Gram matrix", self.gram), ("target", self.target)):
+        for name, tensor in (("weight", self.weight), ("Gram matrix", self.gram), ("target", self.target)):
             if not bool(tensor.isfinite().all()):
-                raise ModelError(f"the {name} is not finite: NaN or infinity in the calibration inputs")
+                raise ModelError(f"the layer's {name} is not finite: there is NaN or infinity in it")
 
     def loss(self, weight: Tensor) -> float:
         """Relative error of a weight: ``(f(V) - f*) / (f(0) - f*)``, f* being the least f of any dense weight.

@@ -45,7 +45,7 @@ def roughly_largest(scores: Tensor, keep: Tensor) -> Tensor:
     """`largest` for about ``keep[i]`` scores, from 16 passes over at least 256 evenly spread scores of each line."""
     stride = max(1, min(MAX_STRIDE, scores.shape[1] // SAMPLE))
     sample = scores[:, ::stride].contiguous().view(torch.int32)
-    wanted = keep * sample.shape[1] // scores.shape[1]
+    wanted = (keep * sample.shape[1] + scores.shape[1] - 1) // scores.shape[1]
     return scores >= _thresholds(sample, wanted, ROUGH_BITS).view(torch.float32)[:, None]
 
 

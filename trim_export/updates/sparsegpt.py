@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trim_export.updates.factor import cholesky
+from trim_export.updates.factor import cholesky, dead_inputs
 from trim_export.updates.problem import LayerProblem, Support, Update
 from trim_export.updates.selection import largest
 
@@ -44,7 +44,7 @@ class SparseGpt:
 
     def __call__(self, problem: LayerProblem, support: Support) -> Update:
         """Choose mask and weights for the support's budget."""
-        dead = problem.gram.diagonal() <= 0
+        dead = dead_inputs(problem.gram)
         factor = inverse_factor(problem.gram, dead, self.damp)
         # Columns are pruned one after the other: transposed, each is contiguous.
         excess = problem.target - problem.weight @ problem.gram
@@ -74,15 +74,15 @@ def inverse_factor(gram: Tensor, dead: Tensor, damp: float) -> Tensor:
         dead: bool ``[columns]``, inputs of zero power, which count as inputs of mean power.
         damp: lam, relative to the mean diagonal.
     """
-    exact = gram.double()
+    exact = gram.double().masked_fill_(dead, 0.0).masked_fill_(dead[:, None], 0.0)
     power = exact.diagonal()
     mean = power[~dead].mean() if not bool(dead.all()) else power.new_ones(())
-    power.masked_scatter_(dead, mean.expand_as(power))
+    power += dead * mean
     factor, used = cholesky((exact / mean).flip(0, 1), damp)
     if used > damp:
         logger.warning("the Gram matrix is not positive definite: SparseGPT's damping is raised to %g", used)
     identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    inverse = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
     return (inverse / mean.sqrt()).float()
 
 

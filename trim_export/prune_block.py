@@ -1,0 +1,163 @@
+"""Pruning the matrices of one decoder block, in place.
+
+`mask_block` is the published procedure: every layer is scored on the inputs that the block's dense weights produce,
+and kept weights stay what they are. `update_block` visits the layers in the order of their calls instead, so that each
+is fitted to the inputs that the already pruned layers before it produce, towards what the dense model computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trim_export.converters import SparseMatrix
+from trim_export.curves import curves
+from trim_export.errors import ModelError
+from trim_export.forward import BlockCall, Compute, run_block
+from trim_export.models import projections
+from trim_export.recipe import Recipe
+from trim_export.row_budgets import ROW_BUDGETS, keep_mask, uniform
+from trim_export.scores import SCORES
+from trim_export.statistics import InputStatistics, collect_inputs
+from trim_export.streams import observe_dense, observe_pruned
+from trim_export.updates import UPDATES, LayerProblem, Support
+
+__all__ = ["PrunedBlock", "mask_block", "prune_matrix", "update_block"]
+
+HISTOGRAM_BINS = 20
+
+PrunedBlock = tuple[dict[str, SparseMatrix], dict[str, dict[str, Any]]]
+"""By the layers' names inside the block: what is kept of each, and its entry in the manifest."""
+
+
+def mask_block(
+    name: str, block: nn.Module, call: BlockCall, hidden: Tensor, sparsity: float, recipe: Recipe, compute: Compute
+) -> PrunedBlock:
+    """Score and mask every layer of a block on the inputs it has while the whole block is dense.
+
+    Args:
+        name: of the block, for messages.
+        block: its layers' weights are replaced.
+        call: how the block is called.
+        hidden: what the pruned model feeds it, ``[windows, tokens, features]``.
+        sparsity: of every matrix in it.
+        recipe: scores and row budgets.
+        compute: where the forward runs.
+    """
+    linears = _finite_projections(name, block)
+    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name)
+    pruned, reports = {}, {}
+    for path, linear in linears.items():
+        pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsity, recipe)
+        linear.weight.data = pruned[path].to_dense()
+    return pruned, reports
+
+
+def update_block(
+    name: str,
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    dense_hidden: Tensor,
+    sparsity: float,
+    recipe: Recipe,
+    compute: Compute,
+) -> tuple[PrunedBlock, Tensor]:
+    """Prune a block layer by layer and fit the kept weights to the dense model's outputs.
+
+    The target of each layer is what the dense layer gives for the dense model's inputs; for layers that write into the
+    residual stream it also makes up for what the pruned stream has lost so far.
+
+    Args:
+        name, block, call, hidden, sparsity, recipe, compute: as for `mask_block`.
+        dense_hidden: what the dense model feeds the block.
+
+    Returns:
+        The pruned block, and the dense block's output.
+    """
+    linears = _finite_projections(name, block)
+    dense = observe_dense(block, linears, call, dense_hidden, compute)
+    pruned: dict[str, SparseMatrix] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    for group in dense.groups:
+        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name)
+        for path in group:
+            weight = linears[path].weight.data
+            exact = weight.float()
+            mask, choice = _choose_mask(exact, seen.inputs, sparsity, recipe)
+            target = exact @ seen.cross
+            if seen.residual is not None:
+                target += seen.residual
+            problem = LayerProblem(exact, seen.gram, target)
+            update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
+            pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)
+            reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
+            linears[path].weight.data = pruned[path].to_dense()
+    silent = [path for path in linears if path not in pruned]
+    if silent:
+        raise ModelError(f"{name}.{silent[0]} saw no calibration input, so it cannot be scored")
+    return (pruned, reports), dense.output
+
+
+def prune_matrix(
+    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+) -> tuple[SparseMatrix, dict[str, Any]]:
+    """Score, allocate and mask one matrix ``[rows, columns]``.
+
+    Returns:
+        The kept weights in the dtype of ``weight``, and the matrix's entry in the manifest.
+    """
+    exact = weight.float()
+    mask, choice = _choose_mask(exact, inputs, sparsity, recipe)
+    return SparseMatrix.from_dense(weight, mask), _report(exact, exact * mask, mask, inputs) | choice
+
+
+def _choose_mask(
+    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+) -> tuple[Tensor, dict[str, Any]]:
+    """The mask that score and row budget choose, and what there is to say about the choice."""
+    score = SCORES[recipe.score](weight, inputs)
+    order = score.argsort(dim=1, stable=True)
+    layer_curves = functools.partial(curves, weight, order, inputs.last_tokens)
+    plan = ROW_BUDGETS[recipe.rows](score, layer_curves, sparsity, recipe.policy)
+    even = keep_mask(order, uniform(score, layer_curves, sparsity, recipe.policy).pruned)
+    return keep_mask(order, plan.pruned), {
+        "target_sparsity": sparsity,
+        "learning_rate": plan.learning_rate,
+        "cosine_uniform": _output_cosine(weight, weight * even, inputs.last_tokens),
+    }
+
+
+def _report(weight: Tensor, sparse: Tensor, mask: Tensor, inputs: InputStatistics) -> dict[str, Any]:
+    """A pruned matrix as the manifest describes it: counts, how row sparsities are distributed, output quality."""
+    rows, columns = mask.shape
+    sparsities = 1 - mask.sum(dim=1).cpu().double() / columns
+    return {
+        "shape": [rows, columns],
+        "nnz": int(mask.sum()),
+        "row_sparsity": {
+            "min": float(sparsities.min()),
+            "median": float(sparsities.median()),
+            "max": float(sparsities.max()),
+            "histogram": torch.histc(sparsities, HISTOGRAM_BINS, min=0, max=1).long().tolist(),
+        },
+        "cosine": _output_cosine(weight, sparse, inputs.last_tokens),
+    }
+
+
+def _finite_projections(name: str, block: nn.Module) -> Mapping[str, nn.Linear]:
+    linears = projections(block)
+    for path, linear in linears.items():
+        if not bool(linear.weight.isfinite().all()):
+            raise ModelError(f"{name}.{path}: NaN or infinity in its weights; they cannot be scored")
+    return linears
+
+
+def _output_cosine(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
+    """Cosine between the dense and the pruned outputs of a whole layer."""
+    dense, pruned = (weight @ inputs).flatten().double(), (sparse @ inputs).flatten().double()
+    return float(torch.nn.functional.cosine_similarity(dense, pruned, dim=0))
