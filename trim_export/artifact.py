@@ -150,6 +150,9 @@ def verify_files(artifact: Artifact) -> list[str]:
             problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}")
         elif sha256_file(file) != entry["sha256"]:
             problems.append(f"{file}: its contents are not those the manifest recorded (sha256 differs)")
+    for file in sorted(artifact.path.iterdir()):
+        if file.suffix in (".safetensors", ".bin") and file.name not in artifact.manifest["files"]:
+            problems.append(f"{file}: weights that the manifest does not list, which transformers may load instead")
     for name, entry in artifact.modules.items():
         try:
             artifact.matrix(name, entry)
@@ -179,6 +182,12 @@ def _check_form(file: Path, manifest: dict[str, Any]) -> None:
     try:
         if manifest["encoding"] not in ENCODINGS:
             raise ValueError(f"unknown encoding {manifest['encoding']!r}")
+        sizes, sparsity = manifest["bytes"], manifest["sparsity"]
+        numbers = sizes["artifact"], sizes["dense"], sparsity["target"], sparsity["achieved"]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("bytes or sparsity")
+        if not all(isinstance(part, dict) for part in (manifest["run"]["recipe"], manifest["source"])):
+            raise TypeError("run or source")
         for name, entry in manifest["files"].items():
             if not (isinstance(entry["size"], int) and isinstance(entry["sha256"], str)):
                 raise TypeError(f"file {name}")

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trim_export.errors import UsageError
+
 __all__ = ["LAYER_BUDGETS", "AlphaPruning", "LayerBudget", "Owl", "Uniform", "hill_alpha", "recentre"]
 
 
@@ -60,12 +62,21 @@ class Owl:
     Attributes:
         strength: half the spread of densities, lambda in the paper.
         threshold: a score is an outlier above this many times the block's mean, M in the paper.
+
+    Raises:
+        UsageError: parameters outside their range.
     """
 
     strength: float = 0.08
     threshold: float = 5.0
     name: str = "owl"
     needs_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.strength < 1 and self.threshold > 0):
+            raise UsageError(
+                f"OWL needs a strength in [0, 1) and a threshold above 0, not {self.strength}, {self.threshold}"
+            )
 
     def measure(self, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> float:
         """Share of outliers among all Wanda scores of the block."""
@@ -84,11 +95,18 @@ class AlphaPruning:
 
     Attributes:
         epsilon: half the relative spread of the sparsities.
+
+    Raises:
+        UsageError: parameters outside their range.
     """
 
     epsilon: float = 0.1
     name: str = "alpha"
     needs_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise UsageError(f"AlphaPruning needs an epsilon in [0, 1), not {self.epsilon}")
 
     def measure(self, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> float:
         """Mean tail exponent of the block's matrices."""
@@ -125,7 +143,10 @@ def hill_alpha(weight: Tensor, bins: int = 100) -> float:
         if eigenvalues[start] > highest:
             break
         tail = len(eigenvalues) - start
-        alpha = 1 + tail / (logs[start:].sum() - tail * logs[start])
+        spread = logs[start:].sum() - tail * logs[start]
+        if spread <= 0:  # all that is left are equal: no tail
+            break
+        alpha = 1 + tail / spread
         # Where the estimator is below 1 the authors leave the distance at 1: never the best of several.
         distance = 1.0
         if alpha > 1:

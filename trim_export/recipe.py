@@ -79,6 +79,7 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     choose("score", recipe.score, SCORES)
     choose("layer budget", recipe.layers.name, LAYER_BUDGETS)
     choose("row budget", recipe.rows, ROW_BUDGETS)
+    choose("counts", recipe.counts, POLICIES)
     choose("weight update", recipe.update, UPDATES)
     if recipe.rows == "trim" and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")

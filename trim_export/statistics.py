@@ -93,4 +93,8 @@ def collect_inputs(
     silent = [name for name in linears if name not in accumulators]
     if silent:
         raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
-    return {name: accumulators[name].finish(f"{block_name}.{name}") for name in linears}
+    results: dict[_Accumulator, InputStatistics] = {}
+    for name in linears:
+        if accumulators[name] not in results:
+            results[accumulators[name]] = accumulators[name].finish(f"{block_name}.{name}")
+    return {name: results[accumulators[name]] for name in linears}

@@ -73,7 +73,7 @@ def temporary_file(path: Path) -> Path:
 
 def safe_file(root: Path, name: str) -> Path:
     """Resolve a name found in a manifest; anything but a plain file directly inside ``root`` is refused."""
-    if not SAFE_NAME.fullmatch(name):
+    if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
         raise ArtifactError(f"{root}: unsafe file name {name!r}")
     path = root / name
     try:

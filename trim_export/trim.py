@@ -45,10 +45,12 @@ class Policy:
     Attributes:
         project: ``(sparsity [rows], target) -> sparsity [rows]`` with mean ``target``.
         counts: ``(sparsity [rows], columns, target) -> int64 [rows]`` pruned weights of each row.
+        finish: ``(best sparsity [rows], target) -> sparsity [rows]``, applied once when the search is over.
     """
 
     project: Callable[[Tensor, float], Tensor]
     counts: Callable[[Tensor, int, float], Tensor]
+    finish: Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,8 @@ def trim_search(curves: Curves, target: float, policy: Policy) -> TrimSearch:
             previous = whole
         if best_rate is not None:
             break
-    # The steps run in float64, as the authors' do once the float64 quality enters; their final vector is float32.
-    final = policy.project(best_sparsity.float(), target)
-    return TrimSearch(final, policy.counts(final, columns, target), best, uniform_cosine, best_rate)
+    final = policy.finish(best_sparsity, target)
+    return TrimSearch(final.float(), policy.counts(final, columns, target), best, uniform_cosine, best_rate)
 
 
 def cosines(curves: Curves, pruned: Tensor) -> tuple[Tensor, float]:
@@ -146,16 +147,16 @@ def truncate(sparsity: Tensor, columns: int, target: float) -> Tensor:
 def project_to_box(sparsity: Tensor, target: float) -> Tensor:
     """Nearest vector in [0, cap] whose mean is ``target``: ``clip(s + t, 0, cap)`` for the one shift t that fits.
 
-    Each pass moves the deficit onto the entries still free to move, so it ends after a few passes.
+    The sum of that vector is piecewise linear in t: each row starts to move at ``t = -s`` and stops at ``cap - s``.
     """
-    result = (sparsity.double() - sparsity.double().mean() + target).clamp(0, ROW_CAP)
-    for _ in range(result.numel()):
-        deficit = target * result.numel() - result.sum()
-        free = (result < ROW_CAP) if deficit > 0 else (result > 0)
-        if abs(float(deficit)) < 1e-9 * result.numel() or not free.any():
-            break
-        result = torch.where(free, result + deficit / free.sum(), result).clamp(0, ROW_CAP)
-    return result.to(sparsity.dtype)
+    values = sparsity.double()
+    rows = values.numel()
+    knots, which = torch.cat((-values, ROW_CAP - values)).sort()
+    moving = torch.where(which < rows, 1.0, -1.0).double().cumsum(0)
+    sums = torch.cat((values.new_zeros(1), (moving[:-1] * knots.diff()).cumsum(0)))
+    at = (torch.searchsorted(sums, target * rows, right=True) - 1).clamp(0, 2 * rows - 2)
+    shift = knots[at] + (target * rows - sums[at]) / moving[at].clamp(min=1)
+    return (values + shift).clamp(0, ROW_CAP).to(sparsity.dtype)
 
 
 def exact_counts(sparsity: Tensor, columns: int, target: float) -> Tensor:
@@ -183,5 +184,6 @@ def exact_counts(sparsity: Tensor, columns: int, target: float) -> Tensor:
     return counts.long()
 
 
-PAPER = Policy(clip_then_recentre, truncate)
-EXACT = Policy(project_to_box, exact_counts)
+# The search runs in float64 once the float64 quality enters; the authors' final vector is float32, projected again.
+PAPER = Policy(clip_then_recentre, truncate, lambda best, target: clip_then_recentre(best.float(), target))
+EXACT = Policy(project_to_box, exact_counts, lambda best, target: best)

@@ -108,6 +108,15 @@ def test_a_manifest_nested_too_deep_to_parse(artifact: Artifact) -> None:
         lambda m: m.pop("encoding"),
         lambda m: m.pop("files"),
         lambda m: m.pop("modules"),
+        lambda m: m.pop("run"),
+        lambda m: m.pop("source"),
+        lambda m: m.pop("bytes"),
+        lambda m: m.pop("sparsity"),
+        lambda m: m.update(run=[]),
+        lambda m: m.update(source="llama"),
+        lambda m: m["run"].pop("recipe"),
+        lambda m: m["bytes"].pop("dense"),
+        lambda m: m["sparsity"].update(achieved="0.5"),
         lambda m: m.update(encoding="zip"),
         lambda m: m.update(encoding=None),
         lambda m: m.update(encoding=["bitmap"]),
@@ -312,14 +321,24 @@ def test_a_missing_file_is_found(artifact: Artifact) -> None:
     assert problems.count(f"{artifact.path / block_shard(0)}: missing") == 1 + 7
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "block-00002.safetensors"])
+def test_weights_that_nobody_listed_are_found(artifact: Artifact, name: str) -> None:
+    # transformers prefers model.safetensors to the index and its shards.
+    shutil.copy(artifact.path / REST, artifact.path / name)
+    assert verify_files(artifact) == [
+        f"{artifact.path / name}: weights that the manifest does not list, which transformers may load instead"
+    ]
+
+
 def test_swapped_shards_are_found(artifact: Artifact) -> None:
     first, second = (artifact.path / block_shard(index) for index in range(2))
     aside = first.rename(artifact.path / "aside")
     second.rename(first)
     aside.rename(second)
     problems = verify_files(artifact)
-    assert any(problem.startswith(f"{first}: its contents") or f"{first}: " in problem for problem in problems)
-    assert any(f"{second}: {MODULE}" in problem for problem in problems)
+    for file in (first, second):
+        assert any(problem.startswith(f"{file}: ") and "manifest" in problem for problem in problems)
+    assert any(problem.startswith(f"{second}: {MODULE}: ") for problem in problems)
 
 
 def test_damage_under_a_matching_hash_is_found_by_decoding(artifact: Artifact) -> None:

@@ -24,6 +24,7 @@ from trim_export.prune import prune, prune_matrix
 from trim_export.recipe import Recipe, make_recipe
 from trim_export.statistics import collect_inputs, input_statistics
 from trim_export.storage import sha256_file
+from trim_export.updates import UPDATES
 
 Tiny = Callable[..., Path]
 
@@ -245,6 +246,40 @@ def test_stacked_experts_stay_dense(tiny: Tiny, tmp_path: Path) -> None:
     assert torch.equal(stored[name], before[name])
 
 
+# ---- updated weights ---------------------------------------------------------------------------------------------
+
+UPDATED = [name for name in UPDATES if name != "none"]
+MORE_TOKENS = tiny_tokens(16, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "update"), [*((kind, "refit") for kind in ARCHITECTURES), *(("opt", update) for update in UPDATED[1:])]
+)
+def test_updated_weights_are_as_many_and_stored_as_they_run(kind: str, update: str, tiny: Tiny, tmp_path: Path) -> None:
+    dense = dense_model(tiny, kind)
+    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    artifact = prune(dense, replace(RECIPE, update=update), MORE_TOKENS, tmp_path / "out", CPU)
+    after = dense.model.state_dict()
+    assert artifact.manifest["weights_updated"] is True
+    for name, matrix in artifact.matrices():
+        weight = before.pop(f"{name}.weight")
+        assert weight.numel() - matrix.nnz == round(0.5 * weight.numel())
+        assert torch.equal(matrix.to_dense(), after[f"{name}.weight"])
+        assert not torch.equal(matrix.values, weight[matrix.mask])
+        assert matrix.values.isfinite().all()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("update", UPDATED)
+def test_a_killed_run_with_updates_continues_to_the_same_bytes(update: str, tiny: Tiny, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, update=update)
+    prune(dense_model(tiny, "gemma3"), recipe, MORE_TOKENS, tmp_path / "whole", CPU)
+    out = tmp_path / "out"
+    kill_after(2, lambda: prune(dense_model(tiny, "gemma3"), recipe, MORE_TOKENS, out, CPU))
+    prune(dense_model(tiny, "gemma3"), recipe, MORE_TOKENS, out, CPU, resume=True)
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
 # ---- the LM head -------------------------------------------------------------------------------------------------
 
 WITH_HEAD = replace(RECIPE, head=True)
@@ -464,6 +499,7 @@ def started(killed: Path, tmp_path: Path) -> Path:
         ("recipe.sparsity", {"recipe": replace(RECIPE, sparsity=0.6)}),
         ("recipe.seed", {"recipe": replace(RECIPE, seed=1)}),
         ("recipe.rows", {"recipe": replace(RECIPE, rows="uniform")}),
+        ("recipe.update", {"recipe": replace(RECIPE, update="refit")}),
         ("recipe.head", {"recipe": replace(RECIPE, head=True)}),
         ("recipe.layers", {"recipe": replace(RECIPE, layers=Owl())}),
         ("calibration_sha256", {"tokens": TOKENS + 1}),

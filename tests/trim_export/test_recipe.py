@@ -39,6 +39,10 @@ def test_the_paper_recipe_counts_as_the_authors_do() -> None:
         ("layers", Owl(0.05)),
         ("counts", "exact"),
         ("counts", "paper"),
+        ("update", "refit"),
+        ("update", "none"),
+        ("head", True),
+        ("head", False),
         ("calibration", "corpus.txt"),
         ("samples", 3),
         ("sequence_length", 7),
@@ -53,7 +57,7 @@ def test_an_option_overrides_the_recipe(name: str, option: str, value: object) -
 
 
 def test_options_not_given_change_nothing() -> None:
-    options = dict.fromkeys(["score", "rows", "layers", "counts", "calibration", "samples", "sequence_length", "seed"])
+    options = dict.fromkeys(["score", "rows", "layers", "update", "counts", "head", "calibration", "samples", "seed"])
     assert make_recipe("paper", 0.7, **options) == make_recipe("paper", 0.7)
 
 
@@ -93,6 +97,9 @@ def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
         pytest.param("best", {"counts": "exakt"}, r"unknown counts 'exakt' \(did you mean exact\?\)", id="counts"),
         pytest.param(
             "best", {"layers": Owl(name="owls")}, r"unknown layer budget 'owls' \(did you mean owl\?\)", id="layers"
+        ),
+        pytest.param(
+            "best", {"update": "refitx"}, r"unknown weight update 'refitx' \(did you mean refit\?\)", id="update"
         ),
         pytest.param("best", {"samples": 0}, "^samples must be at least 1$", id="samples"),
         pytest.param("best", {"sequence_length": 0}, "^sequence length must be at least 1$", id="sequence-length"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.errors import ModelError
-from trim_export.statistics import InputStatistics, collect_inputs
+from trim_export.statistics import InputStatistics, collect_inputs, input_statistics
 
 FEATURES, INNER = 6, 10
 NAMES = ["q", "k", "v", "o", "up", "down"]
@@ -81,6 +81,15 @@ def assert_is(statistics: InputStatistics, inputs: Tensor) -> None:
 def test_sums_run_over_all_tokens_and_last_tokens_over_all_windows(name: str, batch: int) -> None:
     block = Block()
     assert_is(collect(block, hidden(), batch)[name], block.inputs(hidden())[name])
+
+
+def test_inputs_at_hand_give_the_same_statistics() -> None:
+    assert_is(input_statistics(hidden(), "lm_head"), hidden())
+
+
+def test_inputs_at_hand_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ModelError, match=r"^lm_head: NaN or infinity"):
+        input_statistics(hidden() / 0, "lm_head")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -70,7 +70,7 @@ def layer(rows: int, columns: int, tokens: int, seed: int) -> Layer:
     weight = torch.randn(rows, columns, generator=draw)
     hidden = torch.randn(max(1, columns // 3), tokens, generator=draw)
     mixing = torch.randn(columns, len(hidden), generator=draw) / len(hidden) ** 0.5
-    power = torch.randn(columns, 1, generator=draw).exp()
+    power = (0.5 * torch.randn(columns, 1, generator=draw)).exp()
     inputs = power * (mixing @ hidden + 0.5 * torch.randn(columns, tokens, generator=draw))
     dense_inputs = (
         inputs + 0.3 * power * torch.randn(columns, columns, generator=draw) @ (inputs / power) / columns**0.5
@@ -159,24 +159,33 @@ def test_the_problem_stays_as_it_was_and_the_answer_is_the_same_twice(update: We
 def test_choosing_the_mask_is_no_worse_than_refitting_wandas(
     update: WeightUpdate, rows: int, columns: int, sparsity: float, by_row: bool, asymmetric: bool, seed: int
 ) -> None:
-    """FISTA falls back on the refit. ADMM does not, and can lose where next to nothing is at stake: hence the 0.002."""
+    """In what both minimise, the damped error. FISTA falls back on the refit; ADMM does not: hence its 0.002."""
     case = layer(rows, columns, 4 * columns, seed)
     problem = case.asymmetric if asymmetric else case.symmetric
     support = case.support(sparsity, by_row)
-    refit = problem.loss(Refit(damp=0.1)(problem, support).weight)
-    assert problem.loss(update(problem, support).weight) <= refit + (0.002 if isinstance(update, Admm) else 1e-5)
+    ridge = 0.1 * problem.gram.diagonal()
+    damped = LayerProblem(problem.weight, problem.gram + ridge.diag(), problem.target + problem.weight * ridge)
+    refit = damped.loss(Refit(damp=0.1)(problem, support).weight)
+    assert damped.loss(update(problem, support).weight) <= refit + (0.002 if isinstance(update, Admm) else 1e-5)
 
 
-@pytest.mark.parametrize(("update", "share"), [(Admm(), 0.75), (Fista(), 0.85)], ids=lambda value: str(value)[:4])
+# SparseGPT decides greedily from left to right: it cannot promise to beat a refit, and on average does not here.
+@pytest.mark.parametrize(
+    ("update", "than", "share"),
+    [(Admm(), Refit(), 0.75), (Fista(), Refit(), 0.9), (SparseGpt(), Unchanged(), 0.85)],
+    ids=["admm", "fista", "sparsegpt"],
+)
 @by_row_or_matrix
-def test_choosing_the_mask_is_clearly_better_on_average(update: WeightUpdate, share: float, by_row: bool) -> None:
-    errors, refits = 0.0, 0.0
+def test_errors_are_clearly_smaller_on_average(
+    update: WeightUpdate, than: WeightUpdate, share: float, by_row: bool
+) -> None:
+    ours, theirs = 0.0, 0.0
     for seed in range(10):
         case = layer(24, 48, 200, seed)
         problem, support = case.symmetric, case.support(0.7, by_row)
-        errors += problem.loss(update(problem, support).weight)
-        refits += problem.loss(Refit()(problem, support).weight)
-    assert errors < share * refits
+        ours += problem.loss(update(problem, support).weight)
+        theirs += problem.loss(than(problem, support).weight)
+    assert ours < share * theirs
 
 
 @given(
@@ -191,23 +200,6 @@ def test_refitting_never_hurts(rows: int, columns: int, sparsity: float, by_row:
     case = layer(rows, columns, 4 * columns, seed)
     problem, support = case.symmetric, case.support(sparsity, by_row)
     assert problem.loss(Refit()(problem, support).weight) <= problem.loss(Unchanged()(problem, support).weight) + 1e-5
-
-
-# SparseGPT decides greedily from left to right, so it cannot promise to beat a refit of a mask chosen at once.
-@given(
-    rows=st.integers(8, 32),
-    columns=st.integers(24, 64),
-    sparsity=st.sampled_from([0.5, 0.6, 0.7, 0.8]),
-    by_row=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-@settings(max_examples=60, deadline=None)
-def test_sparsegpt_beats_wandas_mask_without_an_update(
-    rows: int, columns: int, sparsity: float, by_row: bool, seed: int
-) -> None:
-    case = layer(rows, columns, 4 * columns, seed)
-    problem, support = case.symmetric, case.support(sparsity, by_row)
-    assert problem.loss(SparseGpt()(problem, support).weight) <= problem.loss(Unchanged()(problem, support).weight)
 
 
 def least_squares(problem: LayerProblem, mask: Tensor, damp: float) -> Tensor:

@@ -12,6 +12,9 @@ from trim_export.updates.scaled import ScaledProblem, scale
 
 __all__ = ["Refit", "masked_cg"]
 
+CONVERGED = 1e-14
+"""Share of a row's first squared residual below which float32 has nothing more to gain."""
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -55,16 +58,14 @@ def masked_cg(scaled: ScaledProblem, mask: Tensor, start: Tensor, iterations: in
     direction = residual.clone()
     image = torch.empty_like(residual)
     square = torch.linalg.vecdot(residual, residual)
+    enough = CONVERGED * square
     for _ in range(iterations):
         torch.mm(direction, scaled.gram, out=image).mul_(kept)
-        step = _ratio(square, torch.linalg.vecdot(direction, image))
+        curvature = torch.linalg.vecdot(direction, image)
+        # Going on with a converged row would divide one vanishing number by another.
+        step = torch.where((square > enough) & (curvature > 0), square / curvature, 0.0)[:, None]
         values.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         previous, square = square, torch.linalg.vecdot(residual, residual)
-        direction.mul_(_ratio(square, previous)).add_(residual)
+        direction.mul_(torch.where(square > enough, square / previous, 0.0)[:, None]).add_(residual)
     return values
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``[rows, 1]``; 0 where a row has nothing left to do."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)[:, None]
