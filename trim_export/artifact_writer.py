@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Journal",
+    "achieved_sparsity",
     "finish_artifact",
     "load_shard_into",
     "open_journal",
@@ -190,7 +191,7 @@ def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.
         "source": journal.run["source"] | {"architecture": type(dense.model).__name__},
         "encoding": ENCODING.name,
         "weights_updated": journal.run["recipe"]["update"] != "none",
-        "sparsity": _sparsity(journal.run["recipe"]["sparsity"], modules),
+        "sparsity": achieved_sparsity(journal.run["recipe"]["sparsity"], modules),
         "modules": modules,
     }
     artifact = write_manifest(journal.out, facts, journal.run["source"]["bytes"])
@@ -257,7 +258,8 @@ def _join(name: str, path: str) -> str:
     return f"{name}.{path}" if path else name
 
 
-def _sparsity(target: float, modules: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+def achieved_sparsity(target: float, modules: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """The manifest's ``sparsity``: what was asked for, and what all matrices together have."""
     weights = sum(entry["shape"][0] * entry["shape"][1] for entry in modules.values())
     kept = sum(entry["nnz"] for entry in modules.values())
     return {"target": target, "achieved": 1 - kept / weights}

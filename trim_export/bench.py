@@ -22,6 +22,7 @@ from typing import Any
 
 from trim_export.artifact import Artifact
 from trim_export.errors import EnvironmentLacks
+from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
 
 __all__ = ["Contestant", "Workload", "bench", "contestants", "machine"]
@@ -102,7 +103,7 @@ def machine(workload: Workload) -> dict[str, Any]:
     import torch
 
     return {
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "cpu": cpu_capabilities().get("cpu_name", platform.processor()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": workload.threads or torch.get_num_threads(),

@@ -66,7 +66,8 @@ def consecutive_windows(stream: Tensor, length: int, count: int, first: int = 0)
 
 def source_name(source: str) -> str:
     """How a source is named in an artifact: a file by its name alone, since artifacts travel and paths do not."""
-    return Path(source).name if Path(source).exists() else source
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def read_text(source: str, tokens: int) -> str:
@@ -77,7 +78,7 @@ def read_text(source: str, tokens: int) -> str:
     if not path.is_file():
         raise UsageError(f"{source}: no such text file (known besides files: self, {', '.join(DATA_SETS)})")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{source}: not UTF-8 text") from error
     if path.suffix == ".jsonl":
@@ -127,11 +128,17 @@ def self_generated(
 
 def _jsonl_text(lines: str, source: str) -> str:
     documents = []
-    for number, line in enumerate(filter(str.strip, lines.splitlines()), start=1):
+    # Not splitlines: JSON strings may hold other line separators raw.
+    for number, line in enumerate(lines.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            document = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f'{source}, line {number}: not a JSON object with a "text" field') from error
+        if not isinstance(document, str):
+            raise UsageError(f'{source}, line {number}: its "text" is not a string')
+        documents.append(document)
     return "\n\n".join(documents)
 
 

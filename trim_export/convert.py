@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trim_export.artifact import INDEX, MANIFEST, Artifact
-from trim_export.artifact_writer import sparse_config, write_index, write_manifest
+from trim_export.artifact_writer import achieved_sparsity, sparse_config, write_index, write_manifest
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
 from trim_export.errors import UsageError, choose
 from trim_export.storage import canonical_json, read_json, write_bytes, write_tensors
@@ -63,16 +63,26 @@ def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) ->
     """The same artifact with every matrix in ``encoding``."""
     assert encoding is not None
     _copy_description(artifact, out, sparse_config(list(artifact.modules), encoding.name))
-    _rewrite_shards(artifact, out, encoding.encode)
+    modules: dict[str, dict[str, Any]] = {}
+
+    def encode(name: str, matrix: SparseMatrix) -> dict[str, Tensor]:
+        tensors = encoding.encode(matrix)
+        # Blocks cannot tell a kept weight that is exactly zero from a pruned one, so counts may fall.
+        modules[name] = artifact.modules[name] | {"nnz": encoding.decode(tensors, matrix.shape).nnz}
+        return tensors
+
+    _rewrite_shards(artifact, out, encode)
     write_index(out)
-    inherited = {key: value for key, value in artifact.manifest.items() if key not in ("files", "bytes")}
-    write_manifest(out, inherited | {"encoding": encoding.name}, artifact.manifest["bytes"]["dense"])
+    facts = {key: value for key, value in artifact.manifest.items() if key not in ("files", "bytes")}
+    facts |= {"encoding": encoding.name, "modules": modules}
+    facts["sparsity"] = achieved_sparsity(artifact.manifest["sparsity"]["target"], modules)
+    write_manifest(out, facts, artifact.manifest["bytes"]["dense"])
 
 
 def _write_dense(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
     """An ordinary model directory, every pruned weight a stored zero."""
     _copy_description(artifact, out, None)
-    _rewrite_shards(artifact, out, lambda matrix: {"weight": matrix.to_dense()})
+    _rewrite_shards(artifact, out, lambda _, matrix: {"weight": matrix.to_dense()})
     write_index(out)
 
 
@@ -85,12 +95,12 @@ def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None) -> No
         write_tensors(out / shard, artifact.dense_tensors(shard))
 
 
-def _rewrite_shards(artifact: Artifact, out: Path, encode: Callable[[SparseMatrix], dict[str, Tensor]]) -> None:
+def _rewrite_shards(artifact: Artifact, out: Path, encode: Callable[[str, SparseMatrix], dict[str, Tensor]]) -> None:
     for shard in artifact.shards:
         tensors = artifact.dense_tensors(shard)
         for name, entry in artifact.modules.items():
             if entry["file"] == shard:
-                encoded = encode(artifact.matrix(name, entry))
+                encoded = encode(name, artifact.matrix(name, entry))
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
         write_tensors(out / shard, tensors)
 

@@ -84,8 +84,14 @@ def choose_compute(device: str, dtype: torch.dtype) -> Compute:
         raise EnvironmentLacks("no CUDA device here (torch.cuda.is_available() is false); use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast_bfloat16 = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    fast_bfloat16 = device == "cuda" or cpu_capabilities().get("avx512_bf16", False)
     return Compute(torch.device(device), dtype == torch.float32 and bool(fast_bfloat16))
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the processor; empty in versions of torch that cannot say."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return dict(ask()) if ask else {}
 
 
 @torch.no_grad()
