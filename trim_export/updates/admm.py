@@ -33,7 +33,7 @@ class Admm:
     where it prunes by matrix; here both kinds of budget follow it.
 
     Time: one inverse, ``iterations + polish + 2`` products rows x columns x columns, and selections that add about a
-    fifth. Memory: six matrices of the weight's size and three of the Gram's.
+    fifth. Memory: ten matrices of the weight's size and four of the Gram's.
 
     Attributes:
         iterations: of ADMM.

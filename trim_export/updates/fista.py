@@ -34,7 +34,7 @@ class Fista:
     that ends above the refit it started from, the refit is the answer.
 
     Time: ``trials * short + iterations + 2 polish + 4`` products rows x columns x columns and two columns^3. Memory:
-    eight matrices of the weight's size and three of the Gram's.
+    ten matrices of the weight's size and three of the Gram's.
 
     Attributes:
         trials: penalties tried.

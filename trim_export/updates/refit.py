@@ -20,8 +20,8 @@ CONVERGED = 1e-14
 class Refit:
     """Keep the mask and let its weights make up for the pruned ones.
 
-    Time ``iterations + 1`` products rows x columns x columns; memory six matrices of the weight's size and one of the
-    Gram's.
+    Time ``iterations + 1`` products rows x columns x columns; memory seven matrices of the weight's size and one of
+    the Gram's.
 
     Attributes:
         iterations: of conjugate gradients.

@@ -22,7 +22,7 @@ class SparseGpt:
     """Optimal brain surgery in blocks of columns.
 
     Of the support only the budget is used, spread evenly over the blocks: a budget by matrix takes the best scores
-    ``w^2 / U_jj^2`` of a whole block, as the authors do; a budget by row gives every row its share of each block,
+    ``|w| / U_jj`` of a whole block, as the authors do; a budget by row gives every row its share of each block,
     fractions carried on, so that the totals are exact.
 
     The authors' right-hand side is W G. Any other is reduced to it: with the damping lam, W is first replaced by the
@@ -30,8 +30,8 @@ class SparseGpt:
     Hessian G + lam I. For B = W G that is W itself.
 
     Time: one Cholesky factor and one triangular inverse in float64, three products rows x columns x columns, and the
-    sweep, rows x columns x (columns + block) / 2. Memory: three matrices of the weight's size, three of the Gram's
-    in float64.
+    sweep, rows x columns x (columns + block) / 2. Memory: four matrices of the weight's size, five of the Gram's in
+    float64.
 
     Attributes:
         block: columns that share a threshold.
@@ -55,7 +55,7 @@ class SparseGpt:
             end = min(begin + self.block, columns)
             keep = _share(support.keep, end, columns) - _share(support.keep, begin, columns)
             here, triangle = weight[begin:end], factor[begin:end, begin:end]
-            scores = (here / triangle.diagonal()[:, None]).square_().T.contiguous()
+            scores = (here / triangle.diagonal()[:, None]).abs_().T.contiguous()
             mask[:, begin:end] = largest(support.grouped(scores), keep).view_as(scores)
             errors = _sweep(here, triangle, mask[:, begin:end].T.float())
             weight[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
