@@ -84,7 +84,7 @@ def prune(
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Artifact directory to write.")],
     recipe: Annotated[
-        str, typer.Option(help="Starting point: best, or paper (the authors' code to the bit).")
+        str, typer.Option(help="Starting point: best, fast, or paper (TRIM as published, to the bit).")
     ] = "best",
     score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude.")] = None,
     layers: Annotated[str | None, typer.Option(help="Block budget: uniform, owl, alpha.")] = None,

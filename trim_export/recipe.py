@@ -40,8 +40,8 @@ class Recipe:
     sparsity: float
     score: str = "wanda"
     layers: LayerBudget = field(default_factory=Uniform)
-    rows: str = "trim"
-    update: str = "none"
+    rows: str = "uniform"
+    update: str = "admm"
     counts: str = "exact"
     head: bool = False
     calibration: str = "self"
@@ -61,7 +61,8 @@ class Recipe:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
-    "paper": {"score": "wanda", "rows": "trim", "update": "none", "counts": "paper"},
+    "fast": {"update": "refit"},
+    "paper": {"rows": "trim", "update": "none", "counts": "paper"},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""
 
