@@ -20,7 +20,7 @@ from torch import nn
 from trim_export.bench import Workload, machine
 from trim_export.calibration import calibration_windows
 from trim_export.forward import choose_compute
-from trim_export.models import DenseModel, load_model
+from trim_export.models import DenseModel, load_model, quiet_transformers
 from trim_export.prune import prune
 from trim_export.recipe import Recipe, make_recipe
 from trim_export.report import table
@@ -37,6 +37,7 @@ CONTESTANTS: dict[str, Recipe] = {
 
 def main() -> None:
     """Prune a shortened SmolLM2-135M with every recipe in turn and print the table."""
+    quiet_transformers()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

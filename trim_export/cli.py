@@ -315,13 +315,13 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Predict memory, disk and time of a pruning run from the model's configuration."""
-    _quiet_transformers()
     from trim_export.forward import choose_compute
-    from trim_export.models import dtype_name, load_skeleton
+    from trim_export.models import dtype_name, load_skeleton, quiet_transformers
     from trim_export.plan import predict
     from trim_export.recipe import make_recipe
     from trim_export.report import facts, megabytes
 
+    quiet_transformers()
     recipe = make_recipe("best", sparsity, samples=samples, sequence_length=sequence_length)
     skeleton, stored = load_skeleton(model, dtype)
     prediction = predict(skeleton, stored, recipe, choose_compute(device, stored))
@@ -355,14 +355,14 @@ def _layer_budget(name: str | None, owl_strength: float, owl_threshold: float, a
 def _prune(
     source: str, recipe: Recipe, output: Path, device: str, dtype: str, resume: bool, overwrite: bool, data: Path | None
 ) -> dict[str, Any]:
-    _quiet_transformers()
     from trim_export.artifact_writer import remove_artifact, require_room
     from trim_export.calibration import calibration_windows, read_text
     from trim_export.forward import choose_compute
-    from trim_export.models import decoder_blocks, load_model, unprunable_matrices
+    from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
     from trim_export.report import block_table, facts, megabytes, summary_table
 
+    quiet_transformers()
     begin = time.perf_counter()
     require_room(output, resume, overwrite)
     choose_compute(device, _float32())
@@ -417,11 +417,11 @@ def _perplexity(
 
 def _load_any(source: str, runtime: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An artifact through a runtime, or a dense model."""
-    _quiet_transformers()
     from trim_export.artifact import JOURNAL, MANIFEST, open_artifact
-    from trim_export.models import load_model
+    from trim_export.models import load_model, quiet_transformers
     from trim_export.runtimes import load
 
+    quiet_transformers()
     path = Path(source)
     if (path / MANIFEST).exists() or (path / JOURNAL).exists():
         open_artifact(path)
@@ -432,9 +432,10 @@ def _load_any(source: str, runtime: str) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _open_quietly(directory: Path) -> Artifact:
     from trim_export.artifact import open_artifact
+    from trim_export.models import quiet_transformers
 
     artifact = open_artifact(directory)
-    _quiet_transformers()
+    quiet_transformers()
     return artifact
 
 
@@ -460,14 +461,6 @@ def _parse_block(text: str | None) -> tuple[int, int] | None:
 def _track(items: Iterable[Any], description: str) -> Iterable[Any]:
     """A progress bar with the time left on stderr, nothing when that is not a terminal."""
     return rich_track(list(items), description, console=err, disable=not err.is_terminal)
-
-
-def _quiet_transformers() -> None:
-    """Our tables say what matters; transformers' own bars and notices would bury them."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _float32() -> Any:

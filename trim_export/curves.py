@@ -21,6 +21,7 @@ import trim_export
 __all__ = ["Curves", "curves", "native_available"]
 
 _CHUNK_ELEMENTS = 1 << 24  # float32 values of one temporary of the portable code: 64 MiB
+_NATIVE_CHUNK = 32  # samples that the library takes at a time
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,10 @@ def _native_curves(
     library: ctypes.CDLL, weight: Tensor, order: Tensor, inputs: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
-    # Named, so that copies live until the call returns.
-    weight, inputs, outputs = weight.contiguous(), inputs.contiguous(), outputs.contiguous()
+    # Zero samples add nothing, and spare the library the remainder. Named, so that copies live until it returns.
+    padding = (0, -inputs.shape[1] % _NATIVE_CHUNK)
+    inputs, outputs = (torch.nn.functional.pad(tensor, padding).contiguous() for tensor in (inputs, outputs))
+    weight = weight.contiguous()
     order32 = order.to(torch.int32).contiguous()
     numerator = weight.new_empty(rows, columns + 1)
     norm2 = torch.empty_like(numerator)

@@ -28,6 +28,7 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "projections",
+    "quiet_transformers",
     "unprunable_matrices",
 ]
 
@@ -136,6 +137,14 @@ def unprunable_matrices(block: nn.Module) -> list[str]:
     """Matrices of a block that are not `nn.Linear` (GPT-2 Conv1D, stacked experts) and therefore stay dense."""
     linear = {f"{name}.weight" for name in projections(block)}
     return [name for name, parameter in block.named_parameters() if parameter.dim() >= 2 and name not in linear]
+
+
+def quiet_transformers() -> None:
+    """Our tables say what matters; transformers' own bars and notices would bury them."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def unique_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trim_export.curves import Curves
 
-__all__ = ["EXACT", "PAPER", "ROW_CAP", "Policy", "TrimSearch", "exact_counts", "layer_cosine", "trim_search"]
+__all__ = ["EXACT", "PAPER", "ROW_CAP", "Policy", "TrimSearch", "exact_counts", "quality_of", "trim_search"]
 
 LEARNING_RATES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
 NEGATIVE_RATES = (-0.01, -0.02, -0.04)
@@ -77,23 +77,26 @@ def trim_search(curves: Curves, target: float, policy: Policy) -> TrimSearch:
     rows, columns = curves.numerator.shape[0], curves.numerator.shape[1] - 1
     uniform = torch.full((rows,), target, dtype=torch.float32, device=curves.numerator.device)
 
+    of_counts = quality_of(curves)
+
     def quality(sparsity: Tensor) -> tuple[Tensor, float]:
-        return cosines(curves, policy.counts(sparsity, columns, target))
+        return of_counts(policy.counts(sparsity, columns, target))
 
     def descend(rate: float) -> tuple[float, Tensor]:
         """Best vector of ``ITERATIONS`` steps at one learning rate, each rate starting from uniform."""
-        sparsity = uniform
-        row_quality, best = quality(sparsity)
-        best_sparsity = sparsity
+        sparsity = best_sparsity = uniform
+        row_quality, best = start
         for _ in range(ITERATIONS):
-            step = (row_quality - row_quality.min()) / (row_quality.max() - row_quality.min() + 1e-6) * (2 * rate)
+            low, high = row_quality.aminmax()
+            step = (row_quality - low) / (high - low + 1e-6) * (2 * rate)
             sparsity = policy.project(sparsity + (step - step.mean()), target)
             row_quality, whole = quality(sparsity)
             if whole > best:
                 best, best_sparsity = whole, sparsity
         return best, best_sparsity
 
-    uniform_cosine = quality(uniform)[1]
+    start = quality(uniform)
+    uniform_cosine = start[1]
     best, best_sparsity, best_rate = uniform_cosine, uniform, None
     for rates in (LEARNING_RATES, NEGATIVE_RATES):
         previous = -float("inf")
@@ -110,27 +113,25 @@ def trim_search(curves: Curves, target: float, policy: Policy) -> TrimSearch:
     return TrimSearch(final.float(), policy.counts(final, columns, target), best, uniform_cosine, best_rate)
 
 
-def cosines(curves: Curves, pruned: Tensor) -> tuple[Tensor, float]:
-    """Cosine of every row and of the whole layer between dense and pruned outputs.
+def quality_of(curves: Curves) -> Callable[[Tensor], tuple[Tensor, float]]:
+    """A function from counts to the cosines between dense and pruned outputs, of every row and of the whole layer.
 
-    Args:
-        curves: the layer's curves.
-        pruned: int64 ``[rows]``, how many of its least important weights each row loses.
-
-    Returns:
-        float64 ``[rows]`` and one number. A zero row has cosine 0 because each norm carries the authors' 1e-8.
+    The function takes int64 ``[rows]``, how many of its least important weights each row loses, and gives float64
+    ``[rows]`` and one number. A zero row has cosine 0 because each norm carries the authors' 1e-8.
     """
-    at = pruned[:, None]
-    numerator = curves.numerator.gather(1, at)[:, 0].double()
-    norm2 = curves.norm2.gather(1, at)[:, 0].double()
-    rows = numerator / ((curves.target_norm2.sqrt() + 1e-8) * (norm2.sqrt() + 1e-8))
-    whole = numerator.sum() / ((curves.target_norm2.sum().sqrt() + 1e-8) * (norm2.sum().sqrt() + 1e-8))
-    return rows.clamp(-1, 1), float(whole.clamp(-1, 1))
+    rows, steps = curves.numerator.shape
+    numerators, norms2 = curves.numerator.flatten(), curves.norm2.flatten()
+    starts = torch.arange(rows, device=numerators.device) * steps
+    row_norms = curves.target_norm2.sqrt() + 1e-8
+    whole_norm = float(curves.target_norm2.sum().sqrt()) + 1e-8
 
+    def quality(pruned: Tensor) -> tuple[Tensor, float]:
+        at = starts + pruned
+        numerator, norm2 = numerators[at].double(), norms2[at].double()
+        whole = float(numerator.sum()) / (whole_norm * (math.sqrt(norm2.sum()) + 1e-8))
+        return (numerator / (row_norms * (norm2.sqrt() + 1e-8))).clamp(-1, 1), min(max(whole, -1.0), 1.0)
 
-def layer_cosine(curves: Curves, pruned: Tensor) -> float:
-    """Whole-layer cosine when row i loses its ``pruned[i]`` least important weights."""
-    return cosines(curves, pruned)[1]
+    return quality
 
 
 def clip_then_recentre(sparsity: Tensor, target: float) -> Tensor:

@@ -22,9 +22,9 @@ class LiteralSearch(NamedTuple):
     tried: dict[float, float]
 
 
-def literal_search(weight: Tensor, score: Tensor, inputs: Tensor, target: float) -> LiteralSearch:
-    # How many weights of its row come before a weight; among equals the one further left goes first.
-    rank = torch.sort(torch.sort(score, dim=1, stable=True).indices, dim=1).indices
+def literal_search(weight: Tensor, order: Tensor, inputs: Tensor, target: float) -> LiteralSearch:
+    # How many weights of its row come before a weight in the ascending order of importance.
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     dense = weight @ inputs
     uniform = torch.full((len(weight),), target)
 

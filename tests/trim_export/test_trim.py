@@ -20,7 +20,7 @@ from torch import Tensor
 from trim_export.curves import Curves, curves
 from trim_export.models import DenseModel
 from trim_export.row_budgets import keep_mask
-from trim_export.trim import EXACT, PAPER, ROW_CAP, Policy, TrimSearch, exact_counts, layer_cosine, trim_search
+from trim_export.trim import EXACT, PAPER, ROW_CAP, Policy, TrimSearch, exact_counts, quality_of, trim_search
 
 # ---- the authors' numbers --------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ def test_paper_policy_prunes_the_same_weights_as_the_authors(golden: dict[str, G
 def test_the_literal_loop_finds_the_authors_numbers(golden: dict[str, Golden], case: str) -> None:
     """The oracle below is worth something only if it is itself right."""
     result = golden[case]
-    literal = literal_search(result.weight, result.score, result.inputs, result.target)
+    literal = literal_search(result.weight, ascending(result.score), result.inputs, result.target)
     assert literal.learning_rate == result.expected["learning_rate"]
     assert literal.cosine == pytest.approx(result.expected["best_metric"], rel=0, abs=1e-9)
     assert_counts_agree(literal.pruned, result.pruned)
@@ -134,7 +134,7 @@ def search_both(
     weight: Tensor, score: Tensor, inputs: Tensor, target: float, policy: Policy = PAPER
 ) -> tuple[TrimSearch, LiteralSearch]:
     search = trim_search(curves(weight, ascending(score), inputs), target, policy)
-    return search, literal_search(weight, score, inputs, target)
+    return search, literal_search(weight, ascending(score), inputs, target)
 
 
 def assert_counts_agree(actual: Tensor, expected: Tensor) -> None:
@@ -307,9 +307,9 @@ def test_the_exact_search_meets_its_target_and_is_never_worse_than_uniform(
     assert int(search.pruned.sum()) == round(target * rows * columns)
     assert search.pruned.max() <= max(math.floor(0.95 * columns), math.ceil(target * columns))
     even = exact_counts(torch.full((rows,), target), columns, target)
-    assert layer_cosine(layer, search.pruned) >= layer_cosine(layer, even)
-    assert search.cosine == layer_cosine(layer, search.pruned)
-    assert search.uniform_cosine == layer_cosine(layer, even)
+    assert quality_of(layer)(search.pruned)[1] >= quality_of(layer)(even)[1]
+    assert search.cosine == quality_of(layer)(search.pruned)[1]
+    assert search.uniform_cosine == quality_of(layer)(even)[1]
 
 
 @pytest.mark.parametrize(("shape", "target"), [((24, 64, 20, 1), 0.6), ((3, 100, 8, 10), 0.7)])
