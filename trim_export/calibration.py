@@ -22,7 +22,8 @@ DATA_SETS = {
 }
 """Data sets by name: repository, configuration, split. Fetched only when the user names one."""
 
-GENERATION_BATCH = 64
+GENERATION_TOKENS = 16384
+"""Tokens written side by side, which bounds the key-value cache."""
 
 
 def calibration_windows(
@@ -108,8 +109,9 @@ def self_generated(
     windows = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for begin in range(0, samples, GENERATION_BATCH):
-            prompt = torch.full((min(GENERATION_BATCH, samples - begin), 1), first, device=model.device)
+        batch = max(1, GENERATION_TOKENS // length)
+        for begin in range(0, samples, batch):
+            prompt = torch.full((min(batch, samples - begin), 1), first, device=model.device)
             text = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),

@@ -232,7 +232,7 @@ def test_no_global_generator_is_disturbed() -> None:
 
 
 def test_many_windows_are_written_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "GENERATION_BATCH", 2)
+    monkeypatch.setattr(calibration, "GENERATION_TOKENS", 12)
     assert windows("self", samples=5, length=6).shape == (5, 6)
 
 
@@ -248,9 +248,8 @@ def test_an_end_token_does_not_end_a_window() -> None:
     assert not (drawn == 2).any()
 
 
-def test_the_models_own_distribution_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_own_distribution_is_sampled() -> None:
     """At temperature 1 without truncation, whatever the model's generation settings say."""
-    monkeypatch.setattr(calibration, "GENERATION_BATCH", 2048)
     model = tiny_model("llama")
     model.generation_config.update(temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, do_sample=False)
     drawn = self_generated(model, tiny_tokenizer(), 2048, 1, 0)[:, 0]

@@ -1,0 +1,92 @@
+"""The dense stream beside the pruned one, against direct float64 sums over what hooks see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_tokens
+
+from trim_export import forward
+from trim_export.forward import block_calls, choose_compute, embed
+from trim_export.models import decoder_blocks, load_model, projections
+from trim_export.streams import observe_dense, observe_pruned
+
+COMPUTE = choose_compute("cpu", torch.float32)
+
+GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt-neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+}
+WRITERS = {
+    "llama": ["o_proj", "down_proj"],
+    "qwen3": ["o_proj", "down_proj"],
+    "opt": ["out_proj", "fc2"],
+    "gpt-neox": ["dense", "dense_4h_to_h"],
+    "gemma3": [],  # a norm stands between its projections and the residual stream
+}
+
+
+def first_block(tiny: Callable[..., Path], kind: str):  # type: ignore[no-untyped-def]
+    model = load_model(str(tiny(kind))).model
+    blocks = list(decoder_blocks(model).values())
+    tokens = tiny_tokens()
+    return blocks[0], block_calls(model, blocks, tokens[:1])[0], embed(model, blocks, tokens)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_layers_that_share_an_input_are_visited_together_in_order(tiny: Callable[..., Path], kind: str) -> None:
+    block, call, hidden = first_block(tiny, kind)
+    dense = observe_dense(block, projections(block), call, hidden, COMPUTE)
+    names = [sorted(path.rpartition(".")[2] for path in group) for group in dense.groups]
+    assert names == [sorted(group) for group in GROUPS[kind]]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_writers_are_the_layers_that_add_to_the_residual_stream(tiny: Callable[..., Path], kind: str) -> None:
+    block, call, hidden = first_block(tiny, kind)
+    dense = observe_dense(block, projections(block), call, hidden, COMPUTE)
+    assert [path.rpartition(".")[2] for path in dense.writers] == WRITERS[kind]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt-neox"])
+def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "TOKENS_PER_BATCH", 40)  # several batches
+    block, call, dense_hidden = first_block(tiny, kind)
+    hidden = dense_hidden + 0.1 * torch.randn(dense_hidden.shape, generator=torch.Generator().manual_seed(0))
+    linears = projections(block)
+    dense = observe_dense(block, linears, call, dense_hidden, COMPUTE)
+    last = dense.groups[-1]
+    seen = observe_pruned(block, linears, last, dense, call, hidden, COMPUTE, "block 0")
+
+    inputs, residuals = {}, {}
+    for name, stream in {"dense": dense_hidden, "pruned": hidden}.items():
+        caught: list[torch.Tensor] = []
+        handle = linears[last[0]].register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
+        with torch.no_grad():
+            output = call.run(block, stream, COMPUTE)
+        handle.remove()
+        flat = caught[0].reshape(-1, caught[0].shape[-1])
+        inputs[name] = flat.double()
+        residuals[name] = (output.reshape(-1, output.shape[-1]) - linears[last[0]](flat)).double()
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(seen.gram.double(), inputs["pruned"].T @ inputs["pruned"], **close)
+    torch.testing.assert_close(seen.cross.double(), inputs["dense"].T @ inputs["pruned"], **close)
+    assert seen.residual is not None
+    apart = (residuals["dense"] - residuals["pruned"]).T @ inputs["pruned"]
+    torch.testing.assert_close(seen.residual.double(), apart, **close)
+    torch.testing.assert_close(seen.inputs.mean_square, seen.gram.diagonal() / len(hidden))
+    assert seen.inputs.last_tokens.shape == (linears[last[0]].in_features, len(hidden))
+
+
+def test_equal_streams_have_no_residual(tiny: Callable[..., Path]) -> None:
+    block, call, hidden = first_block(tiny, "llama")
+    linears = projections(block)
+    dense = observe_dense(block, linears, call, hidden, COMPUTE)
+    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0")
+    torch.testing.assert_close(seen.gram, seen.cross)
+    assert seen.residual is not None
+    assert float(seen.residual.abs().max()) < 1e-4
