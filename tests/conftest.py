@@ -48,7 +48,11 @@ def pruned(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         dense = load_model(str(tiny(kind, dtype)))
         out = tmp_path_factory.mktemp("pruned") / kind
         return prune(
-            dense, make_recipe("best", 0.6, update="none"), tiny_tokens(), out, Compute(torch.device("cpu"), False)
+            dense,
+            make_recipe("best", 0.6, rows="trim", update="none"),
+            tiny_tokens(),
+            out,
+            Compute(torch.device("cpu"), False),
         )
 
     return make

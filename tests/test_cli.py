@@ -186,11 +186,11 @@ def test_resume_of_a_finished_run_changes_nothing(
     [
         (["--sparsity", "1"], 2, "outside [0, 1)"),
         (["--sparsity", "-0.1"], 2, "outside [0, 1)"),
-        (["--sparsity", "0.97"], 2, "cap"),
+        (["--sparsity", "0.97", "--rows", "trim"], 2, "cap"),
         (["--score", "wandaa"], 2, "did you mean wanda?"),
         (["--layers", "owls"], 2, "did you mean owl?"),
         (["--rows", "x"], 2, "known: matrix, trim, uniform"),
-        (["--recipe", "x"], 2, "known: best, paper"),
+        (["--recipe", "x"], 2, "known: best, fast, paper"),
         (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
         (["--samples", "0"], 2, "samples must be at least 1"),
         (["--device", "cuda"], 3, "no CUDA device"),

@@ -30,7 +30,7 @@ Tiny = Callable[..., Path]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
 TOKENS = tiny_tokens()
-RECIPE = make_recipe("best", 0.5, update="none")
+RECIPE = make_recipe("best", 0.5, rows="trim", update="none")
 
 
 def dense_model(tiny: Tiny, kind: str = "llama", dtype: torch.dtype = torch.float32) -> DenseModel:

@@ -17,9 +17,9 @@ from trim_export.trim import EXACT, PAPER
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_recipe_is_exact_trim_on_wanda_scores() -> None:
+def test_the_best_recipe_updates_the_kept_weights_and_counts_exactly() -> None:
     recipe = make_recipe("best", 0.7)
-    assert (recipe.score, recipe.rows, recipe.counts) == ("wanda", "trim", "exact")
+    assert (recipe.score, recipe.rows, recipe.update, recipe.counts) == ("wanda", "uniform", "admm", "exact")
     assert recipe == Recipe(0.7)
     assert recipe.policy is EXACT
 
@@ -83,7 +83,7 @@ def test_sparsity_within_its_range_is_taken(sparsity: float) -> None:
 
 def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
     with pytest.raises(UsageError, match=r"0\.97 is above TRIM's cap of 0\.95 on each row; use --rows uniform"):
-        make_recipe("best", 0.97)
+        make_recipe("paper", 0.97)
     assert make_recipe("best", 0.97, rows="uniform").sparsity == 0.97
     assert make_recipe("best", 0.97, rows="matrix").sparsity == 0.97
 
@@ -91,7 +91,9 @@ def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        pytest.param("papr", {}, r"unknown recipe 'papr' \(did you mean paper\?\); known: best, paper", id="recipe"),
+        pytest.param(
+            "papr", {}, r"unknown recipe 'papr' \(did you mean paper\?\); known: best, fast, paper", id="recipe"
+        ),
         pytest.param("best", {"score": "wnda"}, r"unknown score 'wnda' \(did you mean wanda\?\)", id="score"),
         pytest.param("best", {"rows": "unifrm"}, r"unknown row budget 'unifrm' \(did you mean uniform\?\)", id="rows"),
         pytest.param("best", {"counts": "exakt"}, r"unknown counts 'exakt' \(did you mean exact\?\)", id="counts"),
