@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trim_export.models import DTYPES
+from trim_export.models import DTYPES, quiet_transformers
 from trim_export.runtimes import load, tensor_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["main"]
 @torch.inference_mode()
 def main(settings: dict[str, Any]) -> None:
     """Load as ``settings`` say, print ``{}`` when ready, and serve until the input ends."""
+    quiet_transformers()
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import sys
 import time
@@ -45,6 +46,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def main() -> None:
     """Entry point: run a command and turn every failure into one sentence and an exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; our own bars know when to be silent
     try:
         app()
     except TrimExportError as error:
