@@ -43,8 +43,9 @@ demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and r
 	$(quiet_env) $(bin)/trim-export convert demo/artifact --to csr -o demo/csr
 	$(quiet_env) $(bin)/trim-export generate demo/artifact --prompt "The capital of France is" --max-new-tokens 24
 
-bench: setup ## time the row budget search against the published one
+bench: setup ## time TRIM's search against the published loop, and pruning with each recipe
 	$(quiet_env) $(bin)/python -m benchmarks.trim_search
+	$(quiet_env) $(bin)/python -m benchmarks.prune_time --blocks 4
 
 clean: ## remove what was built and written here; .venv stays, the next target installs into it again
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)

@@ -310,6 +310,7 @@ def check(directory: Directory) -> None:
 def plan(
     model: Annotated[str, typer.Option(help="As for prune.")],
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")],
+    recipe: Annotated[str, typer.Option(help="As for prune.")] = "best",
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of each window.")] = None,
     device: Device = "auto",
@@ -324,12 +325,12 @@ def plan(
     from trim_export.report import facts, megabytes
 
     quiet_transformers()
-    recipe = make_recipe("best", sparsity, samples=samples, sequence_length=sequence_length)
+    chosen = make_recipe(recipe, sparsity, samples=samples, sequence_length=sequence_length)
     skeleton, stored = load_skeleton(model, dtype)
-    prediction = predict(skeleton, stored, recipe, choose_compute(device, stored))
+    prediction = predict(skeleton, stored, chosen, choose_compute(device, stored))
     out.print(
         facts(
-            f"prediction for {model} at sparsity {sparsity:g} ({dtype_name(stored)})",
+            f"prediction for {model} at sparsity {sparsity:g}, recipe {recipe} ({dtype_name(stored)})",
             [
                 ("parameters", f"{prediction.parameters / 1e6:,.1f} M, {prediction.prunable / 1e6:,.1f} M prunable"),
                 ("dense weight files", megabytes(prediction.dense_bytes)),

@@ -15,6 +15,9 @@ from trim_export.recipe import Recipe
 
 __all__ = ["Plan", "predict"]
 
+PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": 32, "fista": 80}
+"""About how many products rows x columns x columns each weight update makes for a matrix."""
+
 PROCESS_BYTES = 700_000_000
 """Python with torch and transformers imported, before a model is loaded (measured: 0.6 to 0.7 GB)."""
 
@@ -62,19 +65,30 @@ def predict(skeleton: nn.Module, dtype: torch.dtype, recipe: Recipe, compute: Co
     artifact_bytes = dense_bytes - round(prunable * recipe.sparsity * dtype.itemsize) + mask_bytes
     tokens = recipe.samples * recipe.sequence_length
     widest = max(max(matrix.shape) for matrix in matrices)
-    hidden = 2 * tokens * skeleton.config.get_text_config().hidden_size * dtype.itemsize  # type: ignore[operator, union-attr]
+    features = skeleton.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+    hidden = 2 * tokens * features * dtype.itemsize
     batch = 8 * min(tokens, TOKENS_PER_BATCH) * widest * 4
     # The largest matrix at once as float32 weight, score, int64 order, its mask, and the curves' two arrays.
     search = max(matrix.numel() for matrix in matrices) * (4 + 4 + 8 + 8 + 4 + 8)
+    # A decoder pass multiplies every weight with every token; a third more goes into attention and norms.
     passes = 3 if recipe.layers.needs_inputs else 2
-    operations = 2.0 * prunable * tokens * passes
+    operations = 1.3 * 2 * prunable * tokens * passes
+    if recipe.update != "none":
+        # The dense stream, a partial pass for each group of layers, and two Gram matrices of each distinct input: three
+        # as wide as the residual stream (attention, its output, the MLP) and one as wide as the MLP.
+        inputs = [features, features, features, max(matrix.shape[1] for matrix in matrices)]
+        operations += 1.3 * 2 * prunable * tokens * 1.4
+        operations += len(blocks) * sum(4.0 * tokens * width**2 for width in inputs)
+        operations += sum(2.0 * PRODUCTS[recipe.update] * m.numel() * m.shape[1] for m in matrices)
+        hidden += tokens * (sum(inputs) + 2 * features) * 4
+        search += 3 * widest**2 * 4 + 10 * max(matrix.numel() for matrix in matrices) * 4
     return Plan(
         parameters=parameters,
         prunable=prunable,
         dense_bytes=dense_bytes,
         artifact_bytes=artifact_bytes,
         peak_memory_bytes=PROCESS_BYTES + dense_bytes + hidden + batch + search,
-        seconds=operations / _multiplication_rate(compute, dtype) * 1.5,  # attention, norms, sorting and searching
+        seconds=operations / _multiplication_rate(compute, dtype),
     )
 
 
