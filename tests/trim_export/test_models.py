@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokens
 from torch import nn
+from transformers.utils import hub
 
+from trim_export import models
 from trim_export.artifact import Artifact
 from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError
 from trim_export.models import (
@@ -275,3 +280,25 @@ def test_a_damaged_tokenizer(copy: Path) -> None:
 def test_not_a_language_model(copy: Path) -> None:
     rewrite_json(copy / "config.json", model_type="vit")
     assert type(refusal(str(copy))) is ModelError
+
+
+def test_a_hub_id_loads_from_the_hubs_cache(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process of its own, because the place of the cache is read once. Weights come after the configuration."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny("llama"), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    code = "from trim_export.models import load_model; print(load_model('someone/tiny').sha256)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == load_model(str(tiny("llama"))).sha256
+
+
+def test_a_hub_ids_weights_may_arrive_while_it_is_loaded(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first the cache holds the configuration alone."""
+    (tmp_path / "config.json").write_bytes((tiny("llama") / "config.json").read_bytes())
+    monkeypatch.setattr(hub, "cached_file", lambda *_: str(tmp_path / "config.json"))
+    assert models._locate("someone/tiny") == ("someone/tiny", tmp_path, None)
