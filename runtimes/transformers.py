@@ -24,15 +24,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
-from trim_export.errors import ArtifactError, EnvironmentLacks, choose
+from trim_export.converters.format import FORMAT_VERSION, METHOD
+from trim_export.errors import ArtifactError, EnvironmentLacks, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 
 __all__ = ["METHOD", "RUNTIMES", "TrimSparseConfig", "TrimSparseQuantizer", "load", "pick_runtime"]
-
-METHOD = "trim-sparse"
-FORMAT_VERSION = 1
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (TorchSparseRuntime(), DenseRuntime())}
 """Runtimes by name, the preferred one first."""
@@ -81,8 +79,7 @@ def load(
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers says to damaged JSON
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"{directory}: cannot be loaded ({reason})") from error
+        raise ArtifactError(f"{directory}: cannot be loaded ({first_line(error)})") from error
     model.eval()
     return model
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trim_export.converters import ENCODINGS, Encoding, SparseMatrix
+from trim_export.converters.format import FORMAT_VERSION
 from trim_export.errors import ArtifactError, choose
 from trim_export.storage import read_json, safe_file, sha256_file
 
@@ -42,7 +43,6 @@ JOURNAL = "trim_journal.json"
 INDEX = "model.safetensors.index.json"
 HEAD = "head.safetensors"
 REST = "rest.safetensors"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,21 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 import trim_export
-from trim_export.artifact import FORMAT_VERSION, INDEX, JOURNAL, MANIFEST, REST, Artifact, open_artifact
+from trim_export.artifact import INDEX, JOURNAL, MANIFEST, REST, Artifact, open_artifact
 from trim_export.converters import ENCODINGS, SparseMatrix
+from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, UsageError
 from trim_export.models import DenseModel, dtype_name, projections, unique_tensors
 from trim_export.recipe import fingerprint, first_difference
-from trim_export.report import in_order, model_card
+from trim_export.report import achieved, in_order, model_card
 from trim_export.storage import canonical_json, read_json, sha256_file, temporary_file, write_bytes, write_tensors
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "Journal",
@@ -202,7 +200,7 @@ def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.
 def sparse_config(modules: list[str], encoding: str) -> dict[str, Any]:
     """The `quantization_config` by which transformers finds our loader."""
     return {
-        "quant_method": "trim-sparse",
+        "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "encoding": encoding,
         "modules": modules,
@@ -260,9 +258,7 @@ def _join(name: str, path: str) -> str:
 
 def achieved_sparsity(target: float, modules: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """The manifest's ``sparsity``: what was asked for, and what all matrices together have."""
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in modules.values())
-    kept = sum(entry["nnz"] for entry in modules.values())
-    return {"target": target, "achieved": 1 - kept / weights}
+    return {"target": target, "achieved": achieved(modules.values())}
 
 
 def _shards(out: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trim_export.errors import EnvironmentLacks, UsageError
+from trim_export.errors import EnvironmentLacks, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,5 +161,5 @@ def _data_set(name: str, tokens: int) -> str:
             if characters > 40 * tokens:  # some 10 times the tokens asked for, to draw windows from
                 break
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: cannot be fetched ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{name}: cannot be fetched ({first_line(error)})") from error
     return "\n\n".join(texts)

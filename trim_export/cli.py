@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track as rich_track
 
 import trim_export
-from trim_export.errors import ArtifactError, CheckFailed, TrimExportError, UsageError, choose
+from trim_export.errors import ArtifactError, CheckFailed, TrimExportError, UsageError, choose, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,15 +208,14 @@ def bench(
 ) -> None:
     """Measure latency and memory of each runtime against the dense model, interleaved, each in its own process."""
     artifact = _open_quietly(directory)
-    import torch
 
     from trim_export.bench import Workload, contestants
     from trim_export.bench import bench as bench_artifact
-    from trim_export.forward import choose_compute
+    from trim_export.forward import choose_device
     from trim_export.report import bench_table
     from trim_export.runtimes import RUNTIMES
 
-    place = choose_compute(device, torch.float32).device.type
+    place = choose_device(device).type
     workload = Workload(tuple(batch or (1,)), prompt, generate, repeats, threads, place)
     result = bench_artifact(artifact, contestants(artifact, runtime or list(RUNTIMES)), workload)
     out.print(bench_table(result))
@@ -360,7 +359,7 @@ def _prune(
 ) -> dict[str, Any]:
     from trim_export.artifact_writer import remove_artifact, require_room
     from trim_export.calibration import calibration_windows, read_text
-    from trim_export.forward import choose_compute
+    from trim_export.forward import choose_compute, choose_device
     from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
     from trim_export.report import block_table, facts, megabytes, summary_table
@@ -368,7 +367,7 @@ def _prune(
     quiet_transformers()
     begin = time.perf_counter()
     require_room(output, resume, overwrite)
-    choose_compute(device, _float32())
+    choose_device(device)
     if recipe.calibration != "self":
         read_text(recipe.calibration, recipe.samples * recipe.sequence_length)
     text = None if data is None else read_text(str(data), 8 * 1024)
@@ -448,7 +447,7 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{directory}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        raise ArtifactError(f"{directory}: its tokenizer cannot be read ({first_line(error)})") from error
     return tokenizer
 
 
@@ -464,12 +463,6 @@ def _parse_block(text: str | None) -> tuple[int, int] | None:
 def _track(items: Iterable[Any], description: str) -> Iterable[Any]:
     """A progress bar with the time left on stderr, nothing when that is not a terminal."""
     return rich_track(list(items), description, console=err, disable=not err.is_terminal)
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:

@@ -15,7 +15,16 @@ import difflib
 from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
-__all__ = ["ArtifactError", "CheckFailed", "EnvironmentLacks", "ModelError", "TrimExportError", "UsageError", "choose"]
+__all__ = [
+    "ArtifactError",
+    "CheckFailed",
+    "EnvironmentLacks",
+    "ModelError",
+    "TrimExportError",
+    "UsageError",
+    "choose",
+    "first_line",
+]
 
 T = TypeVar("T")
 
@@ -57,3 +66,8 @@ def choose(kind: str, name: str, known: Mapping[str, T]) -> T:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise UsageError(f"unknown {kind} {name!r}{hint}; known: {', '.join(sorted(known))}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a foreign exception says, or its kind if it says nothing: fit for a sentence of ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -22,6 +22,8 @@ __all__ = [
     "batch_windows",
     "block_calls",
     "choose_compute",
+    "choose_device",
+    "cpu_capabilities",
     "embed",
     "finish_forward",
     "run_block",
@@ -74,8 +76,8 @@ class StopForward(Exception):
     """Ends a forward pass once what was wanted has been seen."""
 
 
-def choose_compute(device: str, dtype: torch.dtype) -> Compute:
-    """Resolve ``auto | cpu | cuda`` and decide the arithmetic: bfloat16 where the processor multiplies it faster.
+def choose_device(device: str) -> torch.device:
+    """Resolve ``auto | cpu | cuda``.
 
     Raises:
         EnvironmentLacks: CUDA asked for and not there.
@@ -84,8 +86,18 @@ def choose_compute(device: str, dtype: torch.dtype) -> Compute:
         raise EnvironmentLacks("no CUDA device here (torch.cuda.is_available() is false); use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast_bfloat16 = device == "cuda" or cpu_capabilities().get("avx512_bf16", False)
-    return Compute(torch.device(device), dtype == torch.float32 and bool(fast_bfloat16))
+    return torch.device(device)
+
+
+def choose_compute(device: str, dtype: torch.dtype) -> Compute:
+    """Choose the device, and the arithmetic for weights of ``dtype``: bfloat16 where it is multiplied faster.
+
+    Raises:
+        EnvironmentLacks: CUDA asked for and not there.
+    """
+    place = choose_device(device)
+    fast_bfloat16 = place.type == "cuda" or cpu_capabilities().get("avx512_bf16", False)
+    return Compute(place, dtype == torch.float32 and bool(fast_bfloat16))
 
 
 def cpu_capabilities() -> dict[str, Any]:

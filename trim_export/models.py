@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError, choose
-from trim_export.storage import sha256_file
+from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError, choose, first_line
+from trim_export.storage import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +26,12 @@ __all__ = [
     "dtype_name",
     "load_model",
     "load_skeleton",
+    "output_head",
     "projections",
     "quiet_transformers",
+    "unique_tensors",
     "unprunable_matrices",
+    "weight_bytes",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -177,13 +179,9 @@ def _reading(source: str) -> Iterator[None]:
     except TrimExportError:
         raise
     except ImportError as error:
-        raise EnvironmentLacks(f"{source}: {_first_line(error)}") from error
+        raise EnvironmentLacks(f"{source}: {first_line(error)}") from error
     except Exception as error:  # a damaged file is answered with nearly any exception
-        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{source}: cannot be loaded ({first_line(error)})") from error
 
 
 def _locate(source: str) -> tuple[str, Path, str | None]:
@@ -233,4 +231,4 @@ def _hash(weights: Path, source: str) -> str:
     files = _weight_files(weights, source)
     if len(files) == 1:
         return sha256_file(files[0])
-    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+    return sha256_bytes("".join(sha256_file(file) for file in files).encode())

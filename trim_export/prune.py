@@ -30,7 +30,7 @@ from trim_export.models import (
     unprunable_matrices,
     weight_bytes,
 )
-from trim_export.prune_block import mask_block, prune_matrix, update_block
+from trim_export.prune_block import mask_block, prune_matrix, require_finite_weight, update_block
 from trim_export.recipe import Recipe
 from trim_export.scores import wanda
 from trim_export.statistics import InputStatistics, collect_inputs, input_statistics
@@ -92,12 +92,11 @@ def prune(
                 dense_hidden = run_block(block, calls[index], dense_hidden, compute)
             load_shard_into(block, name, out / shard, journal.shards[shard])
         else:
-            about = (recipe, compute)
-            sparsity = journal.sparsities[index]
+            call, sparsity = calls[index], journal.sparsities[index]
             if updates:
-                pruned, dense_hidden = update_block(name, block, calls[index], hidden, dense_hidden, sparsity, *about)
+                pruned, dense_hidden = update_block(name, block, call, hidden, dense_hidden, sparsity, recipe, compute)
             else:
-                pruned = mask_block(name, block, calls[index], hidden, sparsity, *about)
+                pruned = mask_block(name, block, call, hidden, sparsity, recipe, compute)
             journal = write_unit(journal, shard, name, block, *pruned)
         if index + 1 < len(blocks) or recipe.head:
             hidden = run_block(block, calls[index], hidden, compute)
@@ -105,8 +104,7 @@ def prune(
     units = dict(blocks)
     if recipe.head:
         name, head = output_head(dense.model)
-        if not bool(head.weight.isfinite().all()):
-            raise ModelError(f"{name}: NaN or infinity in its weights; they cannot be scored")
+        require_finite_weight(head, name)
         units[name] = head
         inputs = input_statistics(finish_forward(dense.model, modules, calls, tokens, hidden), name)
         matrix, report = prune_matrix(head.weight.data, inputs, recipe.sparsity, recipe)

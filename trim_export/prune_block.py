@@ -22,11 +22,11 @@ from trim_export.models import projections
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS, keep_mask, uniform
 from trim_export.scores import SCORES
-from trim_export.statistics import InputStatistics, collect_inputs
+from trim_export.statistics import InputStatistics, collect_inputs, require_all_seen
 from trim_export.streams import observe_dense, observe_pruned
 from trim_export.updates import UPDATES, LayerProblem, Support
 
-__all__ = ["PrunedBlock", "mask_block", "prune_matrix", "update_block"]
+__all__ = ["PrunedBlock", "mask_block", "prune_matrix", "require_finite_weight", "update_block"]
 
 HISTOGRAM_BINS = 20
 
@@ -97,9 +97,7 @@ def update_block(
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)
             reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
             linears[path].weight.data = pruned[path].to_dense()
-    silent = [path for path in linears if path not in pruned]
-    if silent:
-        raise ModelError(f"{name}.{silent[0]} saw no calibration input, so it cannot be scored")
+    require_all_seen(linears, pruned, name)
     return (pruned, reports), dense.output
 
 
@@ -114,6 +112,12 @@ def prune_matrix(
     exact = weight.float()
     mask, choice = _choose_mask(exact, inputs, sparsity, recipe)
     return SparseMatrix.from_dense(weight, mask), _report(exact, exact * mask, mask, inputs) | choice
+
+
+def require_finite_weight(linear: nn.Linear, name: str) -> None:
+    """Stop (`ModelError`) at a layer whose weight holds NaN or infinity."""
+    if not bool(linear.weight.isfinite().all()):
+        raise ModelError(f"{name}: NaN or infinity in its weights; they cannot be scored")
 
 
 def _choose_mask(
@@ -152,8 +156,7 @@ def _report(weight: Tensor, sparse: Tensor, mask: Tensor, inputs: InputStatistic
 def _finite_projections(name: str, block: nn.Module) -> Mapping[str, nn.Linear]:
     linears = projections(block)
     for path, linear in linears.items():
-        if not bool(linear.weight.isfinite().all()):
-            raise ModelError(f"{name}.{path}: NaN or infinity in its weights; they cannot be scored")
+        require_finite_weight(linear, f"{name}.{path}")
     return linears
 
 

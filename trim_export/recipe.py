@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from trim_export.errors import UsageError, choose
 from trim_export.layer_budgets import LAYER_BUDGETS, LayerBudget, Uniform
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
-from trim_export.storage import canonical_json
+from trim_export.storage import canonical_json, sha256_bytes
 from trim_export.trim import EXACT, PAPER, ROW_CAP, Policy
 from trim_export.updates import UPDATES
 
@@ -92,7 +91,7 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
 
 def fingerprint(run: dict[str, Any]) -> str:
     """Short hash of everything that decides the bytes."""
-    return hashlib.sha256(canonical_json(run)).hexdigest()[:16]
+    return sha256_bytes(canonical_json(run))[:16]
 
 
 def first_difference(mine: Any, theirs: Any, path: str = "") -> str | None:

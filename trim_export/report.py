@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 __all__ = [
+    "achieved",
     "bench_table",
     "block_table",
     "facts",
@@ -80,7 +81,7 @@ def block_table(manifest: dict[str, Any]) -> Table:
             (
                 name,
                 f"{entries[0]['target_sparsity']:.4f}",
-                f"{_achieved(entries):.4f}",
+                f"{achieved(entries):.4f}",
                 f"{min(entry['row_sparsity']['min'] for entry in entries):.3f}",
                 f"{statistics.median(entry['row_sparsity']['median'] for entry in entries):.3f}",
                 f"{max(entry['row_sparsity']['max'] for entry in entries):.3f}",
@@ -103,7 +104,7 @@ def module_table(manifest: dict[str, Any]) -> Table:
                 name,
                 "x".join(map(str, entry["shape"])),
                 f"{entry['target_sparsity']:.4f}",
-                f"{_achieved([entry]):.4f}",
+                f"{achieved([entry]):.4f}",
                 f"{entry['row_sparsity']['min']:.3f}",
                 f"{entry['row_sparsity']['median']:.3f}",
                 f"{entry['row_sparsity']['max']:.3f}",
@@ -184,7 +185,9 @@ def _method(recipe: dict[str, Any]) -> str:
     return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
 
 
-def _achieved(entries: Sequence[dict[str, Any]]) -> float:
+def achieved(entries: Iterable[dict[str, Any]]) -> float:
+    """Share of weights that are pruned over all the matrices that ``entries`` describe."""
+    entries = list(entries)
     kept: int = sum(entry["nnz"] for entry in entries)
     weights: int = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
     return 1 - kept / weights

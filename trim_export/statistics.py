@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trim_export.errors import ModelError
 
-__all__ = ["InputStatistics", "collect_inputs", "input_statistics"]
+__all__ = ["InputStatistics", "collect_inputs", "input_statistics", "require_all_seen", "require_finite_inputs"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,22 @@ class _Accumulator:
         self.last_tokens.append(by_window[:, -1].clone())
 
     def finish(self, name: str) -> InputStatistics:
-        if not bool(self.square_sum.isfinite().all()):
-            raise ModelError(f"{name}: NaN or infinity in its calibration inputs; nothing can be measured on them")
+        require_finite_inputs(self.square_sum, name)
         last = torch.cat(self.last_tokens)
         return InputStatistics(self.square_sum / len(last), last.T.contiguous())
+
+
+def require_finite_inputs(sums: Tensor, name: str) -> None:
+    """Stop (`ModelError`) where sums over a layer's inputs are not finite; ``name`` is the layer."""
+    if not bool(sums.isfinite().all()):
+        raise ModelError(f"{name}: NaN or infinity in its calibration inputs; nothing can be measured on them")
+
+
+def require_all_seen(linears: Iterable[str], seen: Container[str], block_name: str) -> None:
+    """Stop (`ModelError`) if a layer of a block never ran."""
+    silent = [name for name in linears if name not in seen]
+    if silent:
+        raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
 
 
 def input_statistics(inputs: Tensor, name: str) -> InputStatistics:
@@ -90,9 +102,7 @@ def collect_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in linears if name not in accumulators]
-    if silent:
-        raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
+    require_all_seen(linears, accumulators, block_name)
     results: dict[_Accumulator, InputStatistics] = {}
     for name in linears:
         if accumulators[name] not in results:

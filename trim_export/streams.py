@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, StopForward, batch_windows
-from trim_export.statistics import InputStatistics
+from trim_export.statistics import InputStatistics, require_finite_inputs
 
 __all__ = ["DenseStream", "GroupStatistics", "observe_dense", "observe_pruned"]
 
@@ -130,8 +129,7 @@ def observe_pruned(
             apart = dense.residuals[leader][number].to(compute.device).float() - before.float()
             residual.addmm_(apart.T, inputs)
         last_tokens.append(inputs.reshape(len(batch), -1, columns)[:, -1].clone())
-    if not bool(gram.isfinite().all()):
-        raise ModelError(f"{name}.{leader}: NaN or infinity in its calibration inputs; nothing can be measured on them")
+    require_finite_inputs(gram, f"{name}.{leader}")
     last = torch.cat(last_tokens).T.contiguous()
     return GroupStatistics(gram, cross, residual, InputStatistics(gram.diagonal() / len(hidden), last))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,22 @@ def copied(directory: Path, destination: Path) -> Path:
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the product may catch it."""
+
+
+@contextmanager
+def killed_at(file: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process dies when ``file`` is about to get its name."""
+    replace_file = Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        if target.name == file:
+            raise Killed
+        return replace_file(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(Killed):
+            yield
 
 
 def kill_after(blocks: int, call: Callable[[], Any]) -> None:
@@ -341,19 +358,10 @@ def test_a_run_killed_around_the_head_continues_to_the_same_bytes(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, tmp_path / "whole", CPU)
-    replace_file = Path.replace
     for file in (HEAD, REST):
         out = tmp_path / file
-
-        def die(self: Path, target: Path, file: str = file) -> Path:
-            if target.name == file:
-                raise Killed
-            return replace_file(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", die)
-            with pytest.raises(Killed):
-                prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, out, CPU)
+        with killed_at(file, monkeypatch):
+            prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, out, CPU)
         with pytest.raises(ArtifactError, match="unfinished, 2 of 2 blocks"):
             open_artifact(out)
         prune(dense_model(tiny, "llama-tied"), WITH_HEAD, TOKENS, out, CPU, resume=True)
@@ -414,17 +422,8 @@ def test_killed_while_finishing(
     file: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path]
 ) -> None:
     out = tmp_path / "out"
-    replace_file = Path.replace
-
-    def die(self: Path, target: Path) -> Path:
-        if target.name == file:
-            raise Killed
-        return replace_file(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", die)
-        with pytest.raises(Killed):
-            prune(dense_model(tiny), RECIPE, TOKENS, out, CPU)
+    with killed_at(file, monkeypatch):
+        prune(dense_model(tiny), RECIPE, TOKENS, out, CPU)
     with pytest.raises(ArtifactError, match="unfinished, 2 of 2 blocks"):
         open_artifact(out)
     prune(dense_model(tiny), RECIPE, TOKENS, out, CPU, resume=True)
