@@ -91,15 +91,16 @@ def prune(
             if updates:
                 dense_hidden = run_block(block, calls[index], dense_hidden, compute)
             load_shard_into(block, name, out / shard, journal.shards[shard])
+            hidden = run_block(block, calls[index], hidden, compute)
         else:
             call, sparsity = calls[index], journal.sparsities[index]
             if updates:
-                pruned, dense_hidden = update_block(name, block, call, hidden, dense_hidden, sparsity, recipe, compute)
+                pruned, hidden, dense_hidden = update_block(
+                    name, block, call, hidden, dense_hidden, sparsity, recipe, compute
+                )
             else:
-                pruned = mask_block(name, block, call, hidden, sparsity, recipe, compute)
+                pruned, hidden = mask_block(name, block, call, hidden, sparsity, recipe, compute)
             journal = write_unit(journal, shard, name, block, *pruned)
-        if index + 1 < len(blocks) or recipe.head:
-            hidden = run_block(block, calls[index], hidden, compute)
         block.to("cpu")
     units = dict(blocks)
     if recipe.head:

@@ -36,7 +36,7 @@ PrunedBlock = tuple[dict[str, SparseMatrix], dict[str, dict[str, Any]]]
 
 def mask_block(
     name: str, block: nn.Module, call: BlockCall, hidden: Tensor, sparsity: float, recipe: Recipe, compute: Compute
-) -> PrunedBlock:
+) -> tuple[PrunedBlock, Tensor]:
     """Score and mask every layer of a block on the inputs it has while the whole block is dense.
 
     Args:
@@ -47,6 +47,9 @@ def mask_block(
         sparsity: of every matrix in it.
         recipe: scores and row budgets.
         compute: where the forward runs.
+
+    Returns:
+        The pruned block, and its output.
     """
     linears = _finite_projections(name, block)
     inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name)
@@ -54,7 +57,7 @@ def mask_block(
     for path, linear in linears.items():
         pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsity, recipe)
         linear.weight.data = pruned[path].to_dense()
-    return pruned, reports
+    return (pruned, reports), run_block(block, call, hidden, compute)
 
 
 def update_block(
@@ -66,7 +69,7 @@ def update_block(
     sparsity: float,
     recipe: Recipe,
     compute: Compute,
-) -> tuple[PrunedBlock, Tensor]:
+) -> tuple[PrunedBlock, Tensor, Tensor]:
     """Prune a block layer by layer and fit the kept weights to the dense model's outputs.
 
     The target of each layer is what the dense layer gives for the dense model's inputs; for layers that write into the
@@ -77,7 +80,7 @@ def update_block(
         dense_hidden: what the dense model feeds the block.
 
     Returns:
-        The pruned block, and the dense block's output.
+        The pruned block, its output, and the dense block's output.
     """
     linears = _finite_projections(name, block)
     dense = observe_dense(block, linears, call, dense_hidden, compute)
@@ -89,16 +92,17 @@ def update_block(
             weight = linears[path].weight.data
             exact = weight.float()
             mask, choice = _choose_mask(exact, seen.inputs, sparsity, recipe)
-            target = exact @ seen.cross
-            if seen.residual is not None:
-                target += seen.residual
-            problem = LayerProblem(exact, seen.gram, target)
+            problem = LayerProblem(exact, seen.gram, seen.targets(exact))
             update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)
             reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
             linears[path].weight.data = pruned[path].to_dense()
     require_all_seen(linears, pruned, name)
-    return (pruned, reports), dense.output
+    if seen.pending is not None:
+        output = seen.pending.finish(linears[dense.groups[-1][0]], compute)
+    else:
+        output = run_block(block, call, hidden, compute)
+    return (pruned, reports), output, dense.output
 
 
 def prune_matrix(
