@@ -86,8 +86,9 @@ def update_block(
     dense = observe_dense(block, linears, call, dense_hidden, compute)
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
+    known: dict[str, list[Tensor]] = {}
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name)
+        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, known)
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()

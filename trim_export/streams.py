@@ -120,7 +120,7 @@ def observe_dense(
     outputs: list[Tensor] = []
     ends_with_writer = False
     for batch in hidden.split(batch_windows(hidden.shape[1])):
-        seen = _watch(block, linears, call, batch, compute)
+        seen = _watch(block, linears, call, batch, compute, replay={})
         assert seen.output is not None
         if not outputs:
             groups = _group(seen)
@@ -148,8 +148,15 @@ def observe_pruned(
     hidden: Tensor,
     compute: Compute,
     name: str,
+    known: dict[str, list[Tensor]],
 ) -> GroupStatistics:
     """Send the pruned stream through a block whose earlier layers are pruned, up to one group of layers.
+
+    Args:
+        block, linears, group, dense, call, hidden, compute: which group of what.
+        name: of the block, for messages.
+        known: layer -> its outputs, a batch each, from passes before this one. They are not computed again, and what
+            is computed now is added for the next group.
 
     Raises:
         ModelError: naming block and layer, if the inputs are not finite.
@@ -162,7 +169,11 @@ def observe_pruned(
     pending = Pending([], []) if dense.ends_with_writer and group == dense.groups[-1] else None
     last_tokens = []
     for number, batch in enumerate(hidden.split(batch_windows(hidden.shape[1]))):
-        seen = _watch(block, linears, call, batch, compute, stop_before=leader)
+        replay = {path: outputs[number].to(compute.device) for path, outputs in known.items() if len(outputs) > number}
+        seen = _watch(block, linears, call, batch, compute, replay, stop_before=leader)
+        if group != dense.groups[-1]:
+            for path in seen.outputs.keys() - replay.keys():
+                known.setdefault(path, []).append(seen.outputs[path].to(hidden.device))
         inputs = _flat(seen.inputs[leader]).float()
         _add_gram(gram, inputs)
         if writes:
@@ -203,9 +214,13 @@ def _watch(
     call: BlockCall,
     batch: Tensor,
     compute: Compute,
+    replay: Mapping[str, Tensor],
     stop_before: str | None = None,
 ) -> _Seen:
-    """Run one batch and note what every layer reads and gives, at most until one layer is about to run."""
+    """Run one batch and note what every layer reads and gives, at most until one layer is about to run.
+
+    Layers in ``replay`` give what stands there.
+    """
     order: list[str] = []
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -227,6 +242,8 @@ def _watch(
 
     handles = [linear.register_forward_pre_hook(before(path)) for path, linear in linears.items()]
     handles += [linear.register_forward_hook(after(path)) for path, linear in linears.items()]
+    for path, known in replay.items():
+        linears[path].forward = lambda _, known=known: known  # type: ignore[method-assign]  # until it is deleted again
     result: Tensor | None = None
     try:
         result = call.run(block, batch, compute)
@@ -235,6 +252,8 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
+        for path in replay:
+            del linears[path].forward
     return _Seen(order, inputs, outputs, result)
 
 

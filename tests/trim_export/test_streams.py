@@ -60,14 +60,14 @@ def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, mon
     block, call, dense_hidden = first_block(tiny, kind)
     hidden = dense_hidden + 0.1 * torch.randn(dense_hidden.shape, generator=torch.Generator().manual_seed(0))
     linears = projections(block)
+    original = copy.deepcopy(block)
     dense = observe_dense(block, linears, call, dense_hidden, COMPUTE)
     close = {"rtol": 1e-4, "atol": 1e-4}
+    known: dict[str, list[torch.Tensor]] = {}
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0")
-        inputs = {
-            name: watched_inputs(block, linears[group[0]], call, stream)
-            for name, stream in {"dense": dense_hidden, "pruned": hidden}.items()
-        }
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", known)
+        sides = {"dense": (original, dense_hidden), "pruned": (block, hidden)}
+        inputs = {name: watched_inputs(side, group[0], call, stream) for name, (side, stream) in sides.items()}
         torch.testing.assert_close(seen.gram.double(), inputs["pruned"].T @ inputs["pruned"], **close)
         torch.testing.assert_close(seen.inputs.mean_square, seen.gram.diagonal() / len(hidden))
         assert seen.inputs.last_tokens.shape == (linears[group[0]].in_features, len(hidden))
@@ -75,11 +75,13 @@ def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, mon
         expected = weight.double() @ inputs["dense"].T @ inputs["pruned"]
         if group[0] in dense.writers:
             before = {
-                name: residual_before(block, linears, group[0], dense.writers, call, stream)
-                for name, stream in {"dense": dense_hidden, "pruned": hidden}.items()
+                name: residual_before(side, group[0], dense.writers, call, stream)
+                for name, (side, stream) in sides.items()
             }
             expected += (before["dense"] - before["pruned"]).T @ inputs["pruned"]
         torch.testing.assert_close(seen.targets(weight).double(), expected, **close)
+        for path in group:  # as a weight update would, before the next group is looked at
+            linears[path].weight.data = linears[path].weight.data * 0.9
 
 
 def test_equal_streams_ask_for_the_dense_layer(tiny: Callable[..., Path]) -> None:
@@ -87,7 +89,7 @@ def test_equal_streams_ask_for_the_dense_layer(tiny: Callable[..., Path]) -> Non
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0")
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", {})
         weight = linears[group[0]].weight.data
         torch.testing.assert_close(seen.targets(weight), weight @ seen.gram, rtol=1e-3, atol=1e-3)
 
@@ -97,7 +99,7 @@ def test_pending_output_has_the_bits_of_a_pass_through_the_block(tiny: Callable[
     block, call, hidden = first_block(tiny, kind)
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
-    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0")
+    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {})
     last = linears[dense.groups[-1][0]]
     last.weight.data = last.weight.data * 0.5
     assert seen.pending is not None
@@ -108,22 +110,23 @@ def test_a_norm_after_the_last_layer_leaves_nothing_pending(tiny: Callable[..., 
     block, call, hidden = first_block(tiny, "gemma3")
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
-    assert observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0").pending is None
+    assert observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {}).pending is None
 
 
-def watched_inputs(block, linear, call, stream):  # type: ignore[no-untyped-def]
+def watched_inputs(block, path, call, stream):  # type: ignore[no-untyped-def]
     caught: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    handle = projections(block)[path].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     with torch.no_grad():
         call.run(block, stream, COMPUTE)
     handle.remove()
     return caught[0].reshape(-1, caught[0].shape[-1]).double()
 
 
-def residual_before(block, linears, writer, writers, call, stream):  # type: ignore[no-untyped-def]
+def residual_before(block, writer, writers, call, stream):  # type: ignore[no-untyped-def]
     """The block's output without what the writer and those after it add."""
     with torch.no_grad():
         output = call.run(block, stream, COMPUTE).reshape(-1, stream.shape[-1]).double()
         for path in writers[writers.index(writer) :]:
-            output -= copy.deepcopy(linears[path]).double()(watched_inputs(block, linears[path], call, stream))
+            linear = copy.deepcopy(projections(block)[path]).double()
+            output -= linear(watched_inputs(block, path, call, stream))
     return output
