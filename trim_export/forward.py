@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "embed",
     "finish_forward",
     "run_block",
+    "window_logits",
 ]
 
 TOKENS_PER_BATCH = 4096
@@ -169,15 +170,33 @@ def finish_forward(
     outputs = []
     windows = batch_windows(hidden.shape[1])
     for ids, states in zip(tokens.split(windows), hidden.split(windows), strict=True):
-        for block, call in zip(blocks, calls, strict=True):
-            given = (states,) if call.gives_tuple else states
-            block.forward = lambda *_, given=given, **__: given  # hides the method until it is deleted again
-        try:
+        with _blocks_giving(states, blocks, calls):
             outputs.append(model.base_model(ids, use_cache=False).last_hidden_state)
-        finally:
-            for block in blocks:
-                del block.forward
     return torch.cat(outputs)
+
+
+@torch.no_grad()
+def window_logits(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], calls: Sequence[BlockCall], tokens: Tensor, hidden: Tensor
+) -> Iterator[Tensor]:
+    """Logits ``[tokens, vocabulary]`` of each window when the last block gave ``hidden``, one window at a time."""
+    for ids, states in zip(tokens.split(1), hidden.split(1), strict=True):
+        with _blocks_giving(states, blocks, calls):
+            logits = model(ids, use_cache=False).logits[0]
+        yield logits
+
+
+@contextmanager
+def _blocks_giving(states: Tensor, blocks: Sequence[nn.Module], calls: Sequence[BlockCall]) -> Iterator[None]:
+    """Every block gives ``states``, whatever it gets: what runs of the model is all but its blocks."""
+    for block, call in zip(blocks, calls, strict=True):
+        given = (states,) if call.gives_tuple else states
+        block.forward = lambda *_, given=given, **__: given  # hides the method until it is deleted again
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def batch_windows(length: int) -> int:
