@@ -181,6 +181,63 @@ def test_resume_of_a_finished_run_changes_nothing(
     assert hashes(artifact[0]) == before
 
 
+def test_layers_chosen_by_trial_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
+    shown = run(
+        *(
+            "prune",
+            "--model",
+            model,
+            "--sparsity",
+            0.6,
+            "-o",
+            tmp_path / "a",
+            "--calibration",
+            text,
+            "--update",
+            "refit",
+        ),
+        *("--samples", 12, "--sequence-length", 16, "--context-length", 0, "--layers", "auto", "--owl-strength", 0.05),
+        *("--json", tmp_path / "p.json"),
+    ).stdout
+    choice = json.loads((tmp_path / "p.json").read_text())["layer_choice"]
+    candidates = {result["budget"]["name"]: result for result in choice["candidates"]}
+    assert list(candidates) == ["uniform", "owl", "alpha", "dlp", "lsa", "lsa-projection"]
+    assert candidates["owl"]["budget"]["strength"] == 0.05
+    best = min(candidates.values(), key=lambda result: result["kl"])
+    assert choice["chosen"] == best["budget"]
+    assert (choice["trial_sequences"], choice["held_out_sequences"]) == (4, 4)
+    assert f"layer budget: {choice['chosen']['name']}, KL {best['kl']:.4g}" in shown
+    assert "on 4 held-out sequences" in shown
+    assert "owl (strength 0.05, threshold 5)" in shown
+    run("check", tmp_path / "a")
+
+
+def test_a_sparsity_for_each_projection_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
+    run(
+        *(
+            "prune",
+            "--model",
+            model,
+            "--sparsity",
+            0.6,
+            "-o",
+            tmp_path / "a",
+            "--calibration",
+            text,
+            "--update",
+            "none",
+        ),
+        *("--samples", 8, "--sequence-length", 16, "--layers", "lsa-projection", "--lsa-beta", 0.05),
+    )
+    run("inspect", tmp_path / "a", "--json", tmp_path / "i.json")
+    result = json.loads((tmp_path / "i.json").read_text())
+    assert abs(result["sparsity"]["achieved"] - 0.6) < 1e-3
+    manifest = json.loads((tmp_path / "a" / "trim_manifest.json").read_text())
+    assert manifest["run"]["recipe"]["layers"]["beta"] == 0.05
+    assert len({entry["target_sparsity"] for entry in manifest["modules"].values()}) == len(manifest["modules"])
+    run("verify", tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -189,6 +246,11 @@ def test_resume_of_a_finished_run_changes_nothing(
         (["--sparsity", "0.97", "--rows", "trim"], 2, "cap"),
         (["--score", "wandaa"], 2, "did you mean wanda?"),
         (["--layers", "owls"], 2, "did you mean owl?"),
+        (["--layers", "lsaprojection"], 2, "did you mean lsa-projection?"),
+        (["--layers", "auto", "--samples", "7"], 2, "needs 8 calibration windows or more"),
+        (["--layers", "dlp", "--sparsity", "0.96"], 2, "use --layers uniform"),
+        (["--layers", "dlp", "--dlp-alpha", "1"], 2, "DLP needs an alpha in [0, 1)"),
+        (["--layers", "auto", "--lsa-beta", "-1"], 2, "LSA needs a beta in [0, 1)"),
         (["--rows", "x"], 2, "known: matrix, trim, uniform"),
         (["--recipe", "x"], 2, "known: best, fast, paper"),
         (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),

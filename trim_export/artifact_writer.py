@@ -55,25 +55,35 @@ class Journal:
         out: the directory.
         run: everything that decides the bytes (`trim_export.prune.describe_run`).
         blocks: number of decoder blocks.
-        sparsities: of each block, once allocated.
+        sparsities: of each block's matrices by their names inside the block, once allocated.
+        layer_choice: how the layer budget was chosen, if that was left to trials (`trim_export.auto_budget`).
         shards: finished shard -> its sha256 and its modules' manifest entries.
     """
 
     out: Path
     run: dict[str, Any]
     blocks: int
-    sparsities: list[float] | None = None
+    sparsities: list[dict[str, float]] | None = None
+    layer_choice: dict[str, Any] | None = None
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self) -> Journal:
         """Write the state to disk."""
-        state = {"run": self.run, "blocks": self.blocks, "sparsities": self.sparsities, "shards": self.shards}
+        state = {
+            "run": self.run,
+            "blocks": self.blocks,
+            "sparsities": self.sparsities,
+            "layer_choice": self.layer_choice,
+            "shards": self.shards,
+        }
         write_bytes(self.out / JOURNAL, canonical_json(state))
         return self
 
-    def with_sparsities(self, sparsities: list[float]) -> Journal:
-        """Record the block budget."""
-        return replace(self, sparsities=sparsities).save()
+    def with_sparsities(
+        self, sparsities: list[dict[str, float]], layer_choice: dict[str, Any] | None = None
+    ) -> Journal:
+        """Record what the layer budget allocated."""
+        return replace(self, sparsities=sparsities, layer_choice=layer_choice).save()
 
     def with_shard(self, name: str, entry: dict[str, Any]) -> Journal:
         """Record a finished shard."""
@@ -93,8 +103,7 @@ def open_journal(out: Path, run: dict[str, Any], blocks: int, resume: bool) -> J
     finished = (out / MANIFEST).is_file()
     file = out / (MANIFEST if finished else JOURNAL)
     state = read_json(file)
-    needed = {"run": dict} if finished else {"run": dict, "sparsities": list | None, "shards": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key, ...), kind) for key, kind in needed.items()):
+    if not (_has_run(state) and (finished or _is_journal(state))):
         raise ArtifactError(f"{file}: damaged; prune again with --overwrite")
     difference = first_difference(run, state["run"])
     if difference:
@@ -102,7 +111,18 @@ def open_journal(out: Path, run: dict[str, Any], blocks: int, resume: bool) -> J
     if finished:
         (out / JOURNAL).unlink(missing_ok=True)  # killed between the manifest and this
         return open_artifact(out)
-    return Journal(out, run, blocks, state["sparsities"], state["shards"])
+    return Journal(out, run, blocks, state["sparsities"], state["layer_choice"], state["shards"])
+
+
+def _has_run(state: Any) -> bool:
+    return isinstance(state, dict) and isinstance(state.get("run"), dict)
+
+
+def _is_journal(state: dict[str, Any]) -> bool:
+    """Whether its fields are there and of the right kinds."""
+    kinds = {"sparsities": list | None, "layer_choice": dict | None, "shards": dict}
+    complete = all(isinstance(state.get(key, ...), kind) for key, kind in kinds.items())
+    return complete and all(isinstance(block, dict) for block in state["sparsities"] or [])
 
 
 def require_room(out: Path, resume: bool, overwrite: bool = False) -> None:
@@ -192,6 +212,8 @@ def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.
         "sparsity": achieved_sparsity(journal.run["recipe"]["sparsity"], modules),
         "modules": modules,
     }
+    if journal.layer_choice is not None:
+        facts["layer_choice"] = journal.layer_choice
     artifact = write_manifest(journal.out, facts, journal.run["source"]["bytes"])
     (journal.out / JOURNAL).unlink()
     return artifact

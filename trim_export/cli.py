@@ -89,7 +89,9 @@ def prune(
         str, typer.Option(help="Starting point: best, fast, or paper (TRIM as published, to the bit).")
     ] = "best",
     score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Block budget: uniform, owl, alpha.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layer budget: uniform, owl, alpha, dlp, lsa, lsa-projection, auto (by trial).")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Row budget: trim, uniform, matrix.")] = None,
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
     head: Annotated[
@@ -100,10 +102,15 @@ def prune(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of each window.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=0, help="Join short windows into sequences of up to this many tokens; 0: do not.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration draw.")] = None,
     owl_strength: Annotated[float, typer.Option(help="OWL's lambda: half the spread of densities.")] = 0.08,
     owl_threshold: Annotated[float, typer.Option(help="OWL's M: outliers are above M times the mean.")] = 5.0,
     alpha_epsilon: Annotated[float, typer.Option(help="AlphaPruning's epsilon: half the relative spread.")] = 0.1,
+    dlp_alpha: Annotated[float, typer.Option(help="DLP's alpha: half the spread of sparsities.")] = 0.1,
+    lsa_beta: Annotated[float, typer.Option(help="LSA's beta: half the spread of sparsities.")] = 0.1,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run of the same settings.")] = False,
@@ -118,13 +125,23 @@ def prune(
         recipe,
         sparsity,
         score=score,
-        layers=_layer_budget(layers, owl_strength, owl_threshold, alpha_epsilon),
+        layers=_layer_budget(
+            layers,
+            {
+                "owl": {"strength": owl_strength, "threshold": owl_threshold},
+                "alpha": {"epsilon": alpha_epsilon},
+                "dlp": {"alpha": dlp_alpha},
+                "lsa": {"beta": lsa_beta},
+                "lsa-projection": {"beta": lsa_beta},
+            },
+        ),
         rows=rows,
         update=update,
         head=head,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
+        context_length=context_length,
         seed=seed,
     )
     if resume and overwrite:
@@ -342,16 +359,16 @@ def plan(
     _write_json(json_file, prediction.as_json())
 
 
-def _layer_budget(name: str | None, owl_strength: float, owl_threshold: float, alpha_epsilon: float) -> Any:
-    """The block budget of that name with its parameters; None when none was named."""
-    from trim_export.layer_budgets import LAYER_BUDGETS, AlphaPruning, Owl
+def _layer_budget(name: str | None, parameters: dict[str, dict[str, float]]) -> Any:
+    """The layer budget of that name with its parameters; None when none was named."""
+    from trim_export.layer_budgets import LAYER_BUDGETS, Auto
 
     if name is None:
         return None
     kind = choose("layer budget", name, LAYER_BUDGETS)
-    if kind is Owl:
-        return Owl(owl_strength, owl_threshold)
-    return AlphaPruning(alpha_epsilon) if kind is AlphaPruning else kind()
+    if kind is Auto:
+        return Auto(tuple(_layer_budget(budget.name, parameters) for budget in Auto().alternatives))
+    return kind(**parameters.get(name, {}))
 
 
 def _prune(
@@ -362,7 +379,7 @@ def _prune(
     from trim_export.forward import choose_compute, choose_device
     from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
-    from trim_export.report import block_table, facts, megabytes, summary_table
+    from trim_export.report import block_table, choice_table, facts, megabytes, summary_table
 
     quiet_transformers()
     begin = time.perf_counter()
@@ -387,6 +404,9 @@ def _prune(
     artifact = prune_model(dense, recipe, tokens, output, compute, resume, _track)
     finished = time.perf_counter()
     manifest = artifact.manifest
+    choice = manifest.get("layer_choice")
+    if choice is not None:
+        out.print(choice_table(choice))
     out.print(block_table(manifest))
     out.print(summary_table(manifest))
     measured: dict[str, Any] = {
@@ -403,7 +423,8 @@ def _prune(
         measured["perplexity"] = _perplexity(dense.model, dense.tokenizer, text, 1024, 8, 0)
         rows.append(("perplexity, first 8 x 1024 tokens of --data", f"{measured['perplexity']['value']:.2f}"))
     out.print(facts("this run", rows))
-    return {"artifact": str(output), "sparsity": manifest["sparsity"], "bytes": manifest["bytes"], **measured}
+    about = {"artifact": str(output), "sparsity": manifest["sparsity"], "bytes": manifest["bytes"]}
+    return {**about, "layer_choice": choice, **measured}
 
 
 def _perplexity(

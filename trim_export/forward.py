@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "embed",
     "finish_forward",
     "run_block",
+    "window_logits",
 ]
 
 TOKENS_PER_BATCH = 4096
@@ -56,11 +57,13 @@ class BlockCall:
     Attributes:
         args, kwargs: what it gets besides the hidden states (positions, masks).
         gives_tuple: whether it returns the hidden states inside a tuple.
+        joined: calibration windows that make up one sequence.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     gives_tuple: bool
+    joined: int = 1
 
     def run(self, block: nn.Module, batch: Tensor, compute: Compute) -> Tensor:
         """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
@@ -128,8 +131,10 @@ def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -
 
 
 @torch.no_grad()
-def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: Tensor) -> list[BlockCall]:
-    """Record how each block is called, from one dense pass of one window ``[1, tokens]``.
+def block_calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], sequence: Tensor, joined: int = 1
+) -> list[BlockCall]:
+    """Record how each block is called, from one dense pass of one sequence ``[1, tokens]`` of ``joined`` windows.
 
     Calls differ between blocks (Gemma 3 alternates masks and rotary tables), and their tensors have a batch
     dimension of one, which broadcasts over any batch of full windows.
@@ -138,11 +143,11 @@ def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: Ten
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(BlockCall(args[1:], rest, isinstance(output, tuple)))
+        calls.append(BlockCall(args[1:], rest, isinstance(output, tuple), joined))
 
     handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     try:
-        model.base_model(window, use_cache=False)
+        model.base_model(sequence, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -169,15 +174,33 @@ def finish_forward(
     outputs = []
     windows = batch_windows(hidden.shape[1])
     for ids, states in zip(tokens.split(windows), hidden.split(windows), strict=True):
-        for block, call in zip(blocks, calls, strict=True):
-            given = (states,) if call.gives_tuple else states
-            block.forward = lambda *_, given=given, **__: given  # hides the method until it is deleted again
-        try:
+        with _blocks_giving(states, blocks, calls):
             outputs.append(model.base_model(ids, use_cache=False).last_hidden_state)
-        finally:
-            for block in blocks:
-                del block.forward
     return torch.cat(outputs)
+
+
+@torch.no_grad()
+def window_logits(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], calls: Sequence[BlockCall], tokens: Tensor, hidden: Tensor
+) -> Iterator[Tensor]:
+    """Logits ``[tokens, vocabulary]`` of each window when the last block gave ``hidden``, one window at a time."""
+    for ids, states in zip(tokens.split(1), hidden.split(1), strict=True):
+        with _blocks_giving(states, blocks, calls):
+            logits = model(ids, use_cache=False).logits[0]
+        yield logits
+
+
+@contextmanager
+def _blocks_giving(states: Tensor, blocks: Sequence[nn.Module], calls: Sequence[BlockCall]) -> Iterator[None]:
+    """Every block gives ``states``, whatever it gets: what runs of the model is all but its blocks."""
+    for block, call in zip(blocks, calls, strict=True):
+        given = (states,) if call.gives_tuple else states
+        block.forward = lambda *_, given=given, **__: given  # hides the method until it is deleted again
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def batch_windows(length: int) -> int:

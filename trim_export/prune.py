@@ -1,4 +1,4 @@
-"""The driver: calibrate, score, allocate, mask and store, one decoder block at a time.
+"""The driver: calibrate, allocate, sweep over the decoder blocks, and store each as soon as it is pruned.
 
 Inputs of a block come from the already pruned blocks before it; when kept weights are updated, the dense model's own
 stream runs beside them. What happens inside a block is in `trim_export.prune_block`. A block's shard is on disk before
@@ -7,20 +7,22 @@ the next block starts, so a killed run loses at most one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import trim_export
+from trim_export.allocation import layer_sparsities
 from trim_export.artifact import HEAD, Artifact, block_shard
 from trim_export.artifact_writer import finish_artifact, load_shard_into, open_journal, write_unit
-from trim_export.calibration import source_name
+from trim_export.auto_budget import choose_budget
+from trim_export.calibration import source_name, windows_to_join
 from trim_export.errors import ModelError
-from trim_export.forward import BlockCall, Compute, block_calls, embed, finish_forward, run_block
-from trim_export.layer_budgets import LayerBudget, recentre
+from trim_export.forward import Compute, block_calls, embed, finish_forward
+from trim_export.layer_budgets import Auto, split_sequences
 from trim_export.models import (
     DenseModel,
     decoder_blocks,
@@ -30,18 +32,14 @@ from trim_export.models import (
     unprunable_matrices,
     weight_bytes,
 )
-from trim_export.prune_block import mask_block, prune_matrix, require_finite_weight, update_block
+from trim_export.progress import Track, silently
+from trim_export.prune_block import prune_matrix, require_finite_weight
 from trim_export.recipe import Recipe
-from trim_export.scores import wanda
-from trim_export.statistics import InputStatistics, collect_inputs, input_statistics
+from trim_export.statistics import input_statistics
 from trim_export.storage import sha256_bytes
-from trim_export.trim import ROW_CAP
+from trim_export.sweep import sweep_blocks
 
-__all__ = ["Track", "describe_run", "layer_sparsities", "prune"]
-
-T = TypeVar("T")
-Track = Callable[[Iterable[T], str], Iterable[T]]
-"""Wraps an iteration to show its progress under a description."""
+__all__ = ["describe_run", "prune"]
 
 
 def prune(
@@ -51,7 +49,7 @@ def prune(
     out: Path,
     compute: Compute,
     resume: bool = False,
-    track: Track[Any] = lambda items, description: items,
+    track: Track[Any] = silently,
 ) -> Artifact:
     """Prune a model into an artifact directory.
 
@@ -65,82 +63,52 @@ def prune(
         track: shows progress.
 
     Raises:
-        UsageError: ``out`` holds something else.
+        UsageError: ``out`` holds something else, or there are too few windows to choose a layer budget by trial.
         ModelError: nothing to prune; or weights or activations that are not finite, naming block and layer.
     """
     blocks = decoder_blocks(dense.model)
     if not any(projections(block) for block in blocks.values()):
         others = unprunable_matrices(next(iter(blocks.values())))
         raise ModelError(f"{dense.source}: nothing to prune; its blocks have no nn.Linear, but {', '.join(others)}")
+    joined = windows_to_join(*tokens.shape, recipe.context_length, dense.model)
+    sequences = tokens.reshape(len(tokens) // joined, -1)
+    if isinstance(recipe.layers, Auto):
+        split_sequences(len(sequences))
     run = describe_run(dense, recipe, tokens, compute)
     journal = open_journal(out, run, len(blocks), resume)
     if isinstance(journal, Artifact):
         return journal
     modules = list(blocks.values())
-    calls = block_calls(dense.model, modules, tokens[:1])
-    hidden = embed(dense.model, modules, tokens)
+    calls = block_calls(dense.model, modules, sequences[:1], joined)
+    hidden = embed(dense.model, modules, sequences)
     if journal.sparsities is None:
-        journal = journal.with_sparsities(layer_sparsities(recipe, blocks, calls, hidden, compute, track))
+        budget, choice = recipe.layers, None
+        if isinstance(budget, Auto):
+            budget, choice = choose_budget(
+                budget, dense.model, recipe, blocks, calls, sequences, hidden, compute, track
+            )
+        sparsities = layer_sparsities(budget, recipe, blocks, calls, hidden, compute, track)
+        journal = journal.with_sparsities(sparsities, choice)
     assert journal.sparsities is not None
-    updates = recipe.update != "none"
-    dense_hidden = hidden  # the dense model's own stream, carried along when kept weights are fitted to it
-    for index, (name, block) in enumerate(track(list(blocks.items()), "pruning")):
-        block.to(compute.device)
-        shard = block_shard(index)
-        if shard in journal.shards:
-            if updates:
-                dense_hidden = run_block(block, calls[index], dense_hidden, compute)
-            load_shard_into(block, name, out / shard, journal.shards[shard])
-            hidden = run_block(block, calls[index], hidden, compute)
-        else:
-            call, sparsity = calls[index], journal.sparsities[index]
-            if updates:
-                pruned, hidden, dense_hidden = update_block(
-                    name, block, call, hidden, dense_hidden, sparsity, recipe, compute
-                )
-            else:
-                pruned, hidden = mask_block(name, block, call, hidden, sparsity, recipe, compute)
-            journal = write_unit(journal, shard, name, block, *pruned)
-        block.to("cpu")
+    finished = {
+        name: functools.partial(load_shard_into, name=name, file=out / shard, entry=journal.shards[shard])
+        for name, shard in zip(blocks, map(block_shard, range(len(blocks))), strict=True)
+        if shard in journal.shards
+    }
+    for swept in sweep_blocks(blocks, calls, hidden, journal.sparsities, recipe, compute, track, finished=finished):
+        if swept.pruned is not None:
+            journal = write_unit(journal, block_shard(swept.index), swept.name, swept.block, *swept.pruned)
+        hidden = swept.hidden
     units = dict(blocks)
     if recipe.head:
         name, head = output_head(dense.model)
         require_finite_weight(head, name)
         units[name] = head
-        inputs = input_statistics(finish_forward(dense.model, modules, calls, tokens, hidden), name)
+        inputs = input_statistics(finish_forward(dense.model, modules, calls, sequences, hidden), name, joined)
         matrix, report = prune_matrix(head.weight.data, inputs, recipe.sparsity, recipe)
         head.weight.data = matrix.to_dense()
         journal = write_unit(journal, HEAD, name, head, {"": matrix}, {"": report})
     return finish_artifact(journal, dense, units)
-
-
-def layer_sparsities(
-    recipe: Recipe,
-    blocks: Mapping[str, nn.Module],
-    calls: list[BlockCall],
-    hidden: Tensor,
-    compute: Compute,
-    track: Track[Any],
-) -> list[float]:
-    """The block budget: measure every dense block, then allocate. Runs the dense model only if the budget asks."""
-    budget: LayerBudget = recipe.layers
-    if budget.name == "uniform":
-        return [recipe.sparsity] * len(blocks)
-    measures, sizes = [], []
-    for (name, block), call in zip(track(list(blocks.items()), f"measuring for {budget.name}"), calls, strict=True):
-        block.to(compute.device)
-        weights = {path: linear.weight.float() for path, linear in projections(block).items()}
-        scores = {}
-        if budget.needs_inputs:
-            inputs, hidden = _observe(name, block, call, hidden, compute)
-            scores = {path: wanda(weight, inputs[path]) for path, weight in weights.items()}
-        measures.append(budget.measure(weights, scores))
-        sizes.append(sum(weight.numel() for weight in weights.values()))
-        block.to("cpu")
-    allocated = budget.allocate(measures, sizes, recipe.sparsity)
-    if recipe.counts == "paper":
-        return allocated
-    return recentre(allocated, sizes, recipe.sparsity, max(ROW_CAP, recipe.sparsity))
 
 
 def describe_run(dense: DenseModel, recipe: Recipe, tokens: Tensor, compute: Compute) -> dict[str, Any]:
@@ -158,14 +126,3 @@ def describe_run(dense: DenseModel, recipe: Recipe, tokens: Tensor, compute: Com
         "calibration_sha256": sha256_bytes(tokens.cpu().numpy().tobytes()),
         "compute": {"device": compute.device.type, "autocast_bfloat16": compute.autocast},
     }
-
-
-def _observe(
-    name: str, block: nn.Module, call: BlockCall, hidden: Tensor, compute: Compute
-) -> tuple[dict[str, InputStatistics], Tensor]:
-    """Input statistics of a block as it stands, and its output."""
-    outputs: list[Tensor] = []
-    inputs = collect_inputs(
-        block, projections(block), lambda: outputs.append(run_block(block, call, hidden, compute)), name
-    )
-    return inputs, outputs[0]

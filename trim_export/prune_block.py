@@ -35,7 +35,13 @@ PrunedBlock = tuple[dict[str, SparseMatrix], dict[str, dict[str, Any]]]
 
 
 def mask_block(
-    name: str, block: nn.Module, call: BlockCall, hidden: Tensor, sparsity: float, recipe: Recipe, compute: Compute
+    name: str,
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    sparsities: Mapping[str, float],
+    recipe: Recipe,
+    compute: Compute,
 ) -> tuple[PrunedBlock, Tensor]:
     """Score and mask every layer of a block on the inputs it has while the whole block is dense.
 
@@ -44,7 +50,7 @@ def mask_block(
         block: its layers' weights are replaced.
         call: how the block is called.
         hidden: what the pruned model feeds it, ``[windows, tokens, features]``.
-        sparsity: of every matrix in it.
+        sparsities: of each matrix in it, by the layer's name inside the block.
         recipe: scores and row budgets.
         compute: where the forward runs.
 
@@ -52,10 +58,10 @@ def mask_block(
         The pruned block, and its output.
     """
     linears = _finite_projections(name, block)
-    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name)
+    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name, joined=call.joined)
     pruned, reports = {}, {}
     for path, linear in linears.items():
-        pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsity, recipe)
+        pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsities[path], recipe)
         linear.weight.data = pruned[path].to_dense()
     return (pruned, reports), run_block(block, call, hidden, compute)
 
@@ -66,7 +72,7 @@ def update_block(
     call: BlockCall,
     hidden: Tensor,
     dense_hidden: Tensor,
-    sparsity: float,
+    sparsities: Mapping[str, float],
     recipe: Recipe,
     compute: Compute,
 ) -> tuple[PrunedBlock, Tensor, Tensor]:
@@ -76,7 +82,7 @@ def update_block(
     residual stream it also makes up for what the pruned stream has lost so far.
 
     Args:
-        name, block, call, hidden, sparsity, recipe, compute: as for `mask_block`.
+        name, block, call, hidden, sparsities, recipe, compute: as for `mask_block`.
         dense_hidden: what the dense model feeds the block.
 
     Returns:
@@ -92,7 +98,7 @@ def update_block(
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()
-            mask, choice = _choose_mask(exact, seen.inputs, sparsity, recipe)
+            mask, choice = _choose_mask(exact, seen.inputs, sparsities[path], recipe)
             problem = LayerProblem(exact, seen.gram, seen.targets(exact))
             update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trim_export.errors import UsageError, choose
-from trim_export.layer_budgets import LAYER_BUDGETS, LayerBudget, Uniform
+from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Uniform, split_sequences
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
 from trim_export.storage import canonical_json, sha256_bytes
@@ -25,7 +26,7 @@ class Recipe:
     Attributes:
         sparsity: share of weights pruned over all blocks, in [0, 1).
         score: name in `SCORES`.
-        layers: the block budget with its parameters.
+        layers: the layer budget with its parameters, or `Auto` to have one chosen by trial.
         rows: name in `ROW_BUDGETS`.
         update: name in `UPDATES`: what the kept weights become.
         counts: ``exact`` (counts sum to the target, never above the cap) or ``paper`` (the authors' code to the bit).
@@ -33,12 +34,13 @@ class Recipe:
         calibration: text file, data set or ``self``.
         samples: calibration windows.
         sequence_length: tokens of each window.
+        context_length: calibration windows are joined into sequences of up to this many tokens; 0 joins none.
         seed: of the calibration draw.
     """
 
     sparsity: float
     score: str = "wanda"
-    layers: LayerBudget = field(default_factory=Uniform)
+    layers: LayerBudget | Auto = field(default_factory=Uniform)
     rows: str = "uniform"
     update: str = "admm"
     counts: str = "exact"
@@ -46,6 +48,7 @@ class Recipe:
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 128
+    context_length: int = 1024
     seed: int = 0
 
     @property
@@ -55,13 +58,14 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, as the manifest stores them."""
-        return asdict(self)
+        values: dict[str, Any] = json.loads(canonical_json(asdict(self)))
+        return values
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "fast": {"update": "refit"},
-    "paper": {"rows": "trim", "update": "none", "counts": "paper"},
+    "paper": {"rows": "trim", "update": "none", "counts": "paper", "context_length": 0},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""
 
@@ -83,9 +87,15 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     choose("weight update", recipe.update, UPDATES)
     if recipe.rows == "trim" and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
+    if not isinstance(recipe.layers, Uniform) and sparsity > ROW_CAP:
+        raise UsageError(
+            f"sparsity {sparsity} is above the cap of {ROW_CAP} for layers of different sparsity; use --layers uniform"
+        )
     for setting in ("samples", "sequence_length"):
         if getattr(recipe, setting) < 1:
             raise UsageError(f"{setting.replace('_', ' ')} must be at least 1")
+    if isinstance(recipe.layers, Auto):
+        split_sequences(recipe.samples)
     return recipe
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "achieved",
     "bench_table",
     "block_table",
+    "choice_table",
     "facts",
     "in_order",
     "megabytes",
@@ -55,12 +56,12 @@ def in_order(modules: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str,
 
 def summary_table(manifest: dict[str, Any]) -> Table:
     """What an artifact is and what it saves."""
-    sizes, sparsity, recipe = manifest["bytes"], manifest["sparsity"], manifest["run"]["recipe"]
+    sizes, sparsity = manifest["bytes"], manifest["sparsity"]
     return facts(
         "artifact",
         [
             ("source model", f"{manifest['source']['model']} ({manifest['source']['dtype']})"),
-            ("method", _method(recipe)),
+            ("method", _method(manifest)),
             ("sparsity", f"{sparsity['achieved']:.5f} (target {sparsity['target']:g})"),
             ("pruned matrices", len(manifest["modules"])),
             ("weight files", f"{megabytes(sizes['artifact'])} of {megabytes(sizes['dense'])} dense"),
@@ -80,7 +81,7 @@ def block_table(manifest: dict[str, Any]) -> Table:
         [
             (
                 name,
-                f"{entries[0]['target_sparsity']:.4f}",
+                f"{_target(entries):.4f}",
                 f"{achieved(entries):.4f}",
                 f"{min(entry['row_sparsity']['min'] for entry in entries):.3f}",
                 f"{statistics.median(entry['row_sparsity']['median'] for entry in entries):.3f}",
@@ -91,6 +92,19 @@ def block_table(manifest: dict[str, Any]) -> Table:
             )
             for name, entries in blocks.items()
         ],
+    )
+
+
+def choice_table(choice: dict[str, Any]) -> Table:
+    """Which layer budget trials chose, and how far from the dense model each candidate's trial ended."""
+    results, chosen = choice["candidates"], choice["chosen"]
+    best = next(result for result in results if result["budget"] == chosen)
+    against = "" if best is results[0] else f" against {results[0]['budget']['name']} {_nats(results[0]['kl'])}"
+    return table(
+        f"layer budget: {chosen['name']}, KL {_nats(best['kl'])}{against} "
+        f"on {choice['held_out_sequences']} held-out sequences",
+        ("candidate", "KL to the dense model"),
+        [(_budget(result["budget"]), _nats(result["kl"])) for result in results],
     )
 
 
@@ -149,7 +163,7 @@ def bench_table(result: dict[str, Any]) -> Table:
 
 def model_card(manifest: dict[str, Any]) -> str:
     """The artifact's README.md."""
-    sizes, sparsity, recipe = manifest["bytes"], manifest["sparsity"], manifest["run"]["recipe"]
+    sizes, sparsity = manifest["bytes"], manifest["sparsity"]
     return f"""---
 library_name: transformers
 tags: [sparse, pruned, trim-export]
@@ -157,7 +171,7 @@ tags: [sparse, pruned, trim-export]
 
 # {manifest["source"]["model"]}, {sparsity["achieved"]:.1%} sparse
 
-Pruned with trim-export {manifest["tool_version"]}: {_method(recipe)}.
+Pruned with trim-export {manifest["tool_version"]}: {_method(manifest)}.
 {"Kept weights were updated." if manifest["weights_updated"] else "Kept weights are those of the dense model."}
 
 | | |
@@ -179,8 +193,12 @@ them.
 """
 
 
-def _method(recipe: dict[str, Any]) -> str:
-    budgets = f"{recipe['rows']} row budgets, {recipe['layers']['name']} block budgets, {recipe['counts']} counts"
+def _method(manifest: dict[str, Any]) -> str:
+    recipe = manifest["run"]["recipe"]
+    layers = recipe["layers"]["name"]
+    if "layer_choice" in manifest:
+        layers = f"{manifest['layer_choice']['chosen']['name']} (by trial)"
+    budgets = f"{recipe['rows']} row budgets, {layers} block budgets, {recipe['counts']} counts"
     text = f"{recipe['samples']} x {recipe['sequence_length']} tokens of {recipe['calibration']}, seed {recipe['seed']}"
     return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
 
@@ -191,6 +209,23 @@ def achieved(entries: Iterable[dict[str, Any]]) -> float:
     kept: int = sum(entry["nnz"] for entry in entries)
     weights: int = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
     return 1 - kept / weights
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    """A layer budget's name and parameters."""
+    parameters = [f"{name} {value:g}" for name, value in budget.items() if type(value) is float]
+    return f"{budget['name']} ({', '.join(parameters)})" if parameters else str(budget["name"])
+
+
+def _nats(divergence: float | None) -> str:
+    return "not finite" if divergence is None else f"{divergence:.4g}"
+
+
+def _target(entries: Sequence[dict[str, Any]]) -> float:
+    """Target of several matrices together."""
+    sizes = [entry["shape"][0] * entry["shape"][1] for entry in entries]
+    pruned = sum(float(entry["target_sparsity"]) * size for entry, size in zip(entries, sizes, strict=True))
+    return float(pruned / sum(sizes))
 
 
 def _rate(learning_rate: float | None) -> str:

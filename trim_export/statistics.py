@@ -20,17 +20,20 @@ class InputStatistics:
     Attributes:
         mean_square: ``[columns]`` sum of x_j^2 over all tokens, divided by the number of windows (Wanda's scale).
         last_tokens: ``[columns, windows]`` the input at the last token of each window, on which TRIM measures cosines.
+        gram: ``[columns, columns]`` sum of x x^T over all tokens; None where nobody asked for it.
     """
 
     mean_square: Tensor
     last_tokens: Tensor
+    gram: Tensor | None = None
 
 
 class _Accumulator:
     """Running sums for one input that one or more layers share."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, gram: bool = False) -> None:
         self.square_sum = torch.zeros(columns, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if gram else None
         self.last_tokens: list[Tensor] = []
 
     def add(self, inputs: Tensor, windows: int) -> None:
@@ -38,11 +41,14 @@ class _Accumulator:
         by_window = inputs.reshape(windows, -1, inputs.shape[-1]).float()
         self.square_sum += by_window.square().sum(dim=(0, 1))
         self.last_tokens.append(by_window[:, -1].clone())
+        if self.gram is not None:
+            rows = by_window.flatten(0, 1)
+            self.gram.addmm_(rows.T, rows)
 
     def finish(self, name: str) -> InputStatistics:
         require_finite_inputs(self.square_sum, name)
         last = torch.cat(self.last_tokens)
-        return InputStatistics(self.square_sum / len(last), last.T.contiguous())
+        return InputStatistics(self.square_sum / len(last), last.T.contiguous(), self.gram)
 
 
 def require_finite_inputs(sums: Tensor, name: str) -> None:
@@ -58,19 +64,28 @@ def require_all_seen(linears: Iterable[str], seen: Container[str], block_name: s
         raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
 
 
-def input_statistics(inputs: Tensor, name: str) -> InputStatistics:
-    """Statistics of inputs that are at hand, ``[windows, tokens, columns]``; ``name`` is the layer that reads them."""
+def input_statistics(inputs: Tensor, name: str, joined: int = 1) -> InputStatistics:
+    """Statistics of inputs that are at hand, ``[sequences, tokens, columns]``; ``name`` is the layer that reads them.
+
+    A sequence holds ``joined`` windows.
+    """
     accumulator = _Accumulator(inputs.shape[-1], inputs.device)
-    accumulator.add(inputs, len(inputs))
+    accumulator.add(inputs, len(inputs) * joined)
     return accumulator.finish(name)
 
 
 def collect_inputs(
-    block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], object], block_name: str
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    run: Callable[[], object],
+    block_name: str,
+    grams: bool = False,
+    joined: int = 1,
 ) -> dict[str, InputStatistics]:
-    """Gather the input statistics of ``linears`` while ``run`` sends the calibration windows through ``block``.
+    """Gather the input statistics of ``linears`` while ``run`` sends calibration sequences through ``block``.
 
-    Layers that read the same tensor (q, k, v; gate, up) share one accumulation.
+    Layers that read the same tensor (q, k, v; gate, up) share one accumulation. With ``grams`` that includes the Gram
+    matrices. A sequence holds ``joined`` windows.
 
     Raises:
         ModelError: naming the layer whose inputs are not finite, or that never ran.
@@ -81,7 +96,7 @@ def collect_inputs(
 
     def block_starts(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal windows, latest
-        windows, latest = len(args[0] if args else kwargs["hidden_states"]), None
+        windows, latest = len(args[0] if args else kwargs["hidden_states"]) * joined, None
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def linear_starts(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -91,7 +106,9 @@ def collect_inputs(
                 accumulators.setdefault(name, accumulators[latest[1]])
                 return
             latest = inputs, name
-            accumulators.setdefault(name, _Accumulator(inputs.shape[-1], inputs.device)).add(inputs, windows)
+            if name not in accumulators:
+                accumulators[name] = _Accumulator(inputs.shape[-1], inputs.device, grams)
+            accumulators[name].add(inputs, windows)
 
         return linear_starts
 

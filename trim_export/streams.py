@@ -187,10 +187,11 @@ def observe_pruned(
                 pending.inputs.append(seen.inputs[leader].to(hidden.device))
         else:
             wanted.addmm_(dense.inputs[leader][number].to(compute.device).float().T, inputs)
-        last_tokens.append(inputs.reshape(len(batch), -1, columns)[:, -1].clone())
+        last_tokens.append(inputs.reshape(len(batch) * call.joined, -1, columns)[:, -1].clone())
     gram = gram.tril() + gram.tril(-1).T
     require_finite_inputs(gram, f"{name}.{leader}")
-    statistics = InputStatistics(gram.diagonal() / len(hidden), torch.cat(last_tokens).T.contiguous())
+    last = torch.cat(last_tokens)
+    statistics = InputStatistics(gram.diagonal() / len(last), last.T.contiguous())
     cross, target = (None, wanted) if writes else (wanted, None)
     return GroupStatistics(gram, cross, target, statistics, pending)
 

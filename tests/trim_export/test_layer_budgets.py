@@ -1,4 +1,4 @@
-"""OWL and AlphaPruning against their formulas written out in numpy, and the shift that makes block budgets exact."""
+"""Layer budgets against their formulas written out in numpy, and the shift that makes them exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trim_export.layer_budgets import LAYER_BUDGETS, AlphaPruning, Owl, Uniform, hill_alpha, recentre
+from trim_export.errors import UsageError
+from trim_export.layer_budgets import (
+    LAYER_BUDGETS,
+    AlphaPruning,
+    Auto,
+    Dlp,
+    LayerBudget,
+    Lsa,
+    LsaProjection,
+    Owl,
+    Uniform,
+    hill_alpha,
+    least_error,
+    recentre,
+    split_sequences,
+)
+from trim_export.statistics import InputStatistics
 
 MEASURES = [0.011, 0.034, 0.002, 0.02, 0.0071]
 SIZES = [400, 100, 250, 250, 800]
@@ -24,6 +40,20 @@ def weighted_mean(values: list[float], sizes: list[int]) -> float:
 
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics_of(inputs: Tensor, windows: int = 4) -> InputStatistics:
+    """Statistics of inputs ``[tokens, columns]`` straight from their definition."""
+    square = inputs.square().sum(dim=0) / windows
+    return InputStatistics(square, inputs[-windows:].T.contiguous(), inputs.T @ inputs)
+
+
+def ones(weights: dict[str, Tensor]) -> dict[str, InputStatistics]:
+    """Inputs under which Wanda scores are the weights' magnitudes."""
+    return {
+        path: InputStatistics(torch.ones(weight.shape[1]), torch.ones(weight.shape[1], 1))
+        for path, weight in weights.items()
+    }
 
 
 # ---- uniform ---------------------------------------------------------------------------------------------------------
@@ -47,12 +77,13 @@ def test_owl_measures_the_share_of_outliers_over_the_whole_block(threshold: floa
     together = np.concatenate([score.numpy().astype(np.float64).ravel() for score in scores.values()])
     expected = (together > threshold * together.mean()).mean()
     assert expected > 0
-    assert Owl(threshold=threshold).measure({}, scores) == expected
+    assert Owl(threshold=threshold).measure(scores, ones(scores)) == expected
 
 
 def test_owl_takes_a_score_at_the_threshold_for_ordinary() -> None:
-    assert Owl(threshold=5.0).measure({}, {"q": torch.tensor([[5.0, 0, 0, 0, 0]])}) == 0
-    assert Owl(threshold=4.9).measure({}, {"q": torch.tensor([[5.0, 0, 0, 0, 0]])}) == 0.2
+    scores = {"q": torch.tensor([[5.0, 0, 0, 0, 0]])}
+    assert Owl(threshold=5.0).measure(scores, ones(scores)) == 0
+    assert Owl(threshold=4.9).measure(scores, ones(scores)) == 0.2
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.08, 0.12])
@@ -164,23 +195,128 @@ def test_alpha_pruning_allocates_by_its_formula(epsilon: float) -> None:
     assert weighted_mean(allocated, sizes.tolist()) == pytest.approx(0.7)
 
 
+# ---- DLP -------------------------------------------------------------------------------------------------------------
+
+
+def test_dlp_measures_the_mean_wanda_score_of_the_whole_block() -> None:
+    weights = {"q": draw(12, 20, seed=0), "o": draw(30, 7, seed=1)}
+    inputs = {"q": draw(24, 20, seed=2), "o": 5 * draw(24, 7, seed=3)}
+    scores = [
+        np.abs(weights[path].double().numpy()) * np.sqrt((inputs[path].double().numpy() ** 2).sum(axis=0) / 4)
+        for path in weights
+    ]
+    expected = np.concatenate([score.ravel() for score in scores]).mean()
+    measured = Dlp().measure(weights, {path: statistics_of(inputs[path]) for path in weights})
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.15])
+@pytest.mark.parametrize("target", [0.5, 0.7])
+def test_dlp_allocates_by_its_formula(alpha: float, target: float) -> None:
+    means = np.array(MEASURES)
+    importance = 1 - means / means.sum()
+    d = (importance - importance.min()) / (importance.max() - importance.min()) * 2 * alpha
+    allocated = Dlp(alpha).allocate(MEASURES, SIZES, target)
+    np.testing.assert_allclose(allocated, target + d.mean() - d, rtol=0, atol=1e-12)
+
+
+# ---- LSA -------------------------------------------------------------------------------------------------------------
+
+
+def least_error_by_hand(weight: NDArray[np.float64], inputs: NDArray[np.float64]) -> tuple[float, float]:
+    """Row by row: keep the half that Wanda keeps, solve for it exactly; the error, and what it is without solving."""
+    error = plain = 0.0
+    for row in weight:
+        kept = np.sort(np.argsort(np.abs(row) * np.linalg.norm(inputs, axis=0))[len(row) // 2 :])
+        outputs = inputs @ row
+        solution = np.linalg.lstsq(inputs[:, kept], outputs)[0]
+        error += float(((inputs[:, kept] @ solution - outputs) ** 2).sum())
+        plain += float(((inputs[:, kept] @ row[kept] - outputs) ** 2).sum())
+    return error, plain
+
+
+@pytest.mark.parametrize("columns", [16, 21])
+def test_least_error_is_that_of_the_refitted_better_half(columns: int) -> None:
+    weight = draw(10, columns, seed=0)
+    inputs = draw(200, columns, seed=1) @ (torch.eye(columns) + 0.3 * draw(columns, columns, seed=2))
+    expected, without_refit = least_error_by_hand(weight.double().numpy(), inputs.double().numpy())
+    assert expected < 0.8 * without_refit
+    assert least_error(weight, statistics_of(inputs)) == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_matrix_that_is_half_empty_loses_nothing() -> None:
+    weight = draw(6, 12, seed=0)
+    weight[:, ::2] = 0
+    assert least_error(weight, statistics_of(draw(50, 12, seed=1))) == pytest.approx(0, abs=1e-6)
+
+
+def test_lsa_adds_up_the_errors_of_a_blocks_matrices() -> None:
+    weights = {"q": draw(12, 20, seed=0), "o": draw(30, 8, seed=1)}
+    inputs = {path: statistics_of(draw(100, weight.shape[1], seed=2)) for path, weight in weights.items()}
+    alone = [Lsa().measure({path: weights[path]}, inputs) for path in weights]
+    assert Lsa().measure(weights, inputs) == pytest.approx(sum(alone))
+    assert min(alone) > 0
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [300] * 5])
+@pytest.mark.parametrize("budget", [Lsa(0.1), Lsa(0.05), LsaProjection(0.1)])
+def test_lsa_allocates_by_its_formula(budget: Lsa, sizes: list[int]) -> None:
+    errors, n, target = np.array(MEASURES), np.array(sizes), 0.7
+    importance = 1 - errors / errors.sum()
+    d = (importance - importance.min()) / (importance.max() - importance.min()) * 2 * budget.beta
+    expected = (target * n + (d.mean() - d) * n.mean()) / n
+    allocated = budget.allocate(MEASURES, sizes, target)
+    np.testing.assert_allclose(allocated, expected, rtol=0, atol=1e-12)
+    assert weighted_mean(allocated, sizes) == pytest.approx(target)
+
+
 # ---- all budgets -----------------------------------------------------------------------------------------------------
 
-ALLOCATORS = pytest.mark.parametrize("budget", [Uniform(), Owl(), AlphaPruning()], ids=lambda budget: budget.name)
+BUDGETS = [Uniform(), Owl(), AlphaPruning(), Dlp(), Lsa(), LsaProjection()]
+ALLOCATORS = pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: budget.name)
+
+
+@pytest.mark.parametrize("parameters", [{"alpha": -0.1}, {"alpha": 1.0}])
+def test_dlp_refuses_an_alpha_that_is_no_share(parameters: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=r"^DLP needs an alpha in \[0, 1\), not "):
+        Dlp(**parameters)
+
+
+@pytest.mark.parametrize("kind", [Lsa, LsaProjection])
+def test_lsa_refuses_a_beta_that_is_no_share(kind: type[Lsa]) -> None:
+    with pytest.raises(UsageError, match=r"^LSA needs a beta in \[0, 1\), not 1.5"):
+        kind(1.5)
+
+
+def test_auto_tries_every_other_budget_and_uniform_first() -> None:
+    names = [budget.name for budget in Auto().candidates]
+    assert names[0] == "uniform"
+    assert sorted([*names, "auto"]) == sorted(LAYER_BUDGETS)
+
+
+@pytest.mark.parametrize(("windows", "split"), [(8, (4, 4)), (20, (16, 4)), (40, (32, 5)), (128, (32, 16))])
+def test_windows_are_split_into_trial_and_held_out(windows: int, split: tuple[int, int]) -> None:
+    assert split_sequences(windows) == split
+
+
+@pytest.mark.parametrize("windows", [0, 1, 7])
+def test_too_few_windows_to_choose_by_are_refused(windows: int) -> None:
+    with pytest.raises(UsageError, match=rf"needs 8 calibration windows or more, .* not {windows}; raise --samples"):
+        split_sequences(windows)
 
 
 @ALLOCATORS
-def test_blocks_that_measure_alike_get_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+def test_blocks_that_measure_alike_get_the_target(budget: LayerBudget) -> None:
     assert budget.allocate([0.02] * 3, [5, 6, 7], 0.7) == pytest.approx([0.7] * 3)
 
 
 @ALLOCATORS
-def test_a_single_block_gets_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+def test_a_single_block_gets_the_target(budget: LayerBudget) -> None:
     assert budget.allocate([0.02], [5], 0.7) == pytest.approx([0.7])
 
 
 @ALLOCATORS
-def test_the_mean_over_blocks_of_one_size_is_the_target(budget: Uniform | Owl | AlphaPruning) -> None:
+def test_the_mean_over_blocks_of_one_size_is_the_target(budget: LayerBudget) -> None:
     assert np.mean(budget.allocate(MEASURES, [1000] * 5, 0.6)) == pytest.approx(0.6)
 
 
@@ -192,9 +328,9 @@ def block_budgets(draw: st.DrawFn) -> tuple[list[float], list[int], float, float
     """Sparsities around a target as budgets make them, some outside [0, cap]."""
     cap = draw(st.sampled_from([0.95, 0.97, 0.8]))
     target = draw(st.floats(0, cap))
-    blocks = draw(
-        st.lists(st.tuples(st.floats(-0.3, 0.3), st.integers(1, 10**7)), min_size=1, max_size=12), label="blocks"
-    )
+    # Within a block's size of the target, or far outside the box, as small matrices of a projection-wise budget get.
+    offsets = draw(st.sampled_from([st.floats(-0.3, 0.3), st.floats(-20, 20)]))
+    blocks = draw(st.lists(st.tuples(offsets, st.integers(1, 10**7)), min_size=1, max_size=12), label="blocks")
     return [target + offset for offset, _ in blocks], [size for _, size in blocks], target, cap
 
 
@@ -227,11 +363,15 @@ def test_recentring_again_changes_nothing(budgets: tuple[list[float], list[int],
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 10**6)), min_size=1, max_size=8),
     st.floats(0, 0.95),
-    st.one_of(st.builds(Owl, strength=st.floats(0, 0.5)), st.builds(AlphaPruning, epsilon=st.floats(0, 0.99))),
+    st.one_of(
+        st.builds(Owl, strength=st.floats(0, 0.5)),
+        st.builds(AlphaPruning, epsilon=st.floats(0, 0.99)),
+        st.builds(Dlp, alpha=st.floats(0, 0.5)),
+        st.builds(Lsa, beta=st.floats(0, 0.5)),
+        st.builds(LsaProjection, beta=st.floats(0, 0.5)),
+    ),
 )
-def test_any_budget_can_be_recentred(
-    blocks: list[tuple[float, int]], target: float, budget: Owl | AlphaPruning
-) -> None:
+def test_any_budget_can_be_recentred(blocks: list[tuple[float, int]], target: float, budget: LayerBudget) -> None:
     measures, sizes = [measure for measure, _ in blocks], [size for _, size in blocks]
     result = recentre(budget.allocate(measures, sizes, target), sizes, target, 0.95)
     assert weighted_mean(result, sizes) == pytest.approx(target, rel=0, abs=1e-6)

@@ -205,17 +205,6 @@ def test_block_budgets_spread_around_the_target(
     assert artifact.manifest["run"]["recipe"]["layers"]["name"] == budget.name
 
 
-def test_block_budgets_are_measured_on_the_dense_model_and_leave_it_alone(tiny: Tiny) -> None:
-    dense = dense_model(tiny)
-    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    blocks = decoder_blocks(dense.model)
-    calls = block_calls(dense.model, list(blocks.values()), TOKENS[:1])
-    hidden = embed(dense.model, list(blocks.values()), TOKENS)
-    recipe = replace(RECIPE, layers=Owl())
-    trim_export.prune.layer_sparsities(recipe, blocks, calls, hidden, CPU, lambda items, description: items)
-    assert all(torch.equal(before[name], tensor) for name, tensor in dense.model.state_dict().items())
-
-
 def test_autocast_and_the_paper_recipe_run(tiny: Tiny, tmp_path: Path) -> None:
     autocast = Compute(torch.device("cpu"), autocast=True)
     artifact = prune(dense_model(tiny), make_recipe("paper", 0.5), TOKENS, tmp_path / "out", autocast)
@@ -558,8 +547,16 @@ def test_a_damaged_journal_is_refused(content: bytes, tiny: Tiny, started: Path)
 
 def test_a_journal_without_its_state_is_refused(tiny: Tiny, started: Path) -> None:
     run = json.loads((started / JOURNAL).read_text())["run"]
-    for rest in ({}, {"sparsities": None, "shards": []}, {"sparsities": 0.5, "shards": {}}, {"shards": {}}):
-        (started / JOURNAL).write_text(json.dumps({"run": run} | rest))
+    whole: dict[str, Any] = {"run": run, "sparsities": None, "layer_choice": None, "shards": {}}
+    damages: list[dict[str, Any]] = [
+        {"shards": []},
+        {"sparsities": 0.5},
+        {"sparsities": [0.5]},
+        {"layer_choice": "owl"},
+    ]
+    missing = [{"run": run}, *({key: whole[key] for key in whole if key != left_out} for left_out in whole)]
+    for state in [*missing, *(whole | damage for damage in damages)]:
+        (started / JOURNAL).write_text(json.dumps(state))
         with pytest.raises(ArtifactError, match=JOURNAL):
             prune(dense_model(tiny), RECIPE, TOKENS, started, CPU, resume=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trim_export.errors import UsageError
-from trim_export.layer_budgets import AlphaPruning, Owl, Uniform
+from trim_export.layer_budgets import AlphaPruning, Auto, LayerBudget, LsaProjection, Owl, Uniform
 from trim_export.recipe import RECIPES, Recipe, fingerprint, first_difference, make_recipe
 from trim_export.storage import canonical_json
 from trim_export.trim import EXACT, PAPER
@@ -103,6 +103,7 @@ def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
         pytest.param(
             "best", {"update": "refitx"}, r"unknown weight update 'refitx' \(did you mean refit\?\)", id="update"
         ),
+        pytest.param("best", {"layers": Auto(), "samples": 7}, "needs 8 calibration windows", id="auto-samples"),
         pytest.param("best", {"samples": 0}, "^samples must be at least 1$", id="samples"),
         pytest.param("best", {"sequence_length": 0}, "^sequence length must be at least 1$", id="sequence-length"),
         pytest.param("best", {"sequence_length": -5}, "^sequence length must be at least 1$", id="negative-length"),
@@ -116,8 +117,15 @@ def test_what_cannot_be_is_refused_by_name(name: str, options: dict[str, Any], m
 # ---- writing down and comparing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [Uniform(), Owl(), AlphaPruning(0.2)])
-def test_a_recipe_survives_json(layers: Uniform | Owl | AlphaPruning) -> None:
+def test_a_sparsity_above_the_cap_leaves_no_room_for_layers_to_differ() -> None:
+    for layers in (Owl(), LsaProjection(), Auto()):
+        with pytest.raises(UsageError, match=r"0\.97 is above the cap of 0\.95 .*; use --layers uniform"):
+            make_recipe("best", 0.97, layers=layers)
+        assert make_recipe("best", 0.95, layers=layers).layers == layers
+
+
+@pytest.mark.parametrize("layers", [Uniform(), Owl(), AlphaPruning(0.2), LsaProjection(0.05), Auto((Owl(0.05),))])
+def test_a_recipe_survives_json(layers: LayerBudget | Auto) -> None:
     recipe = make_recipe("paper", 0.7, layers=layers)
     stored = json.loads(canonical_json(recipe.as_json()))
     assert stored == recipe.as_json()

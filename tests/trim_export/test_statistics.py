@@ -181,3 +181,23 @@ def test_a_layer_that_never_runs_is_named() -> None:
     block.expert = nn.Linear(FEATURES, 2)
     with pytest.raises(ModelError, match=r"^model\.layers\.3: expert saw no calibration input"):
         collect(block, hidden())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_gram_matrices_are_gathered_when_asked_for(batch: int) -> None:
+    block, states = Block(), hidden()
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+    @torch.no_grad()
+    def run() -> None:
+        for part in states.split(batch):
+            block(part)
+
+    found = collect_inputs(block, linears, run, "block", grams=True)
+    for name, inputs in block.inputs(states).items():
+        rows = inputs.detach().double().flatten(0, 1)
+        gram = found[name].gram
+        assert gram is not None
+        torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-5)
+    assert found["q"].gram is found["v"].gram
+    assert all(statistics.gram is None for statistics in collect(block, states).values())
