@@ -20,6 +20,7 @@ from trim_export.artifact_writer import finish_artifact, load_shard_into, open_j
 from trim_export.calibration import source_name
 from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, block_calls, embed, finish_forward, run_block
+from trim_export.gradients import gradient_norms
 from trim_export.layer_budgets import LayerBudget, recentre
 from trim_export.models import (
     DenseModel,
@@ -32,7 +33,7 @@ from trim_export.models import (
 )
 from trim_export.prune_block import mask_block, prune_matrix, require_finite_weight, update_block
 from trim_export.recipe import Recipe
-from trim_export.scores import wanda
+from trim_export.scores import SCORES, wanda
 from trim_export.statistics import InputStatistics, collect_inputs, input_statistics
 from trim_export.storage import sha256_bytes
 from trim_export.trim import ROW_CAP
@@ -82,6 +83,9 @@ def prune(
     if journal.sparsities is None:
         journal = journal.with_sparsities(layer_sparsities(recipe, blocks, calls, hidden, compute, track))
     assert journal.sparsities is not None
+    gradients: dict[str, dict[str, Tensor]] = {}
+    if SCORES[recipe.score].needs_gradients and len(journal.shards) < len(blocks):
+        gradients = gradient_norms(dense.model, blocks, tokens, compute, track)
     updates = recipe.update != "none"
     dense_hidden = hidden  # the dense model's own stream, carried along when kept weights are fitted to it
     for index, (name, block) in enumerate(track(list(blocks.items()), "pruning")):
@@ -93,10 +97,13 @@ def prune(
             load_shard_into(block, name, out / shard, journal.shards[shard])
         else:
             call, sparsity = calls[index], journal.sparsities[index]
+            norms = {path: norm.to(compute.device) for path, norm in gradients.pop(name, {}).items()}
             if updates:
-                pruned, dense_hidden = update_block(name, block, call, hidden, dense_hidden, sparsity, recipe, compute)
+                pruned, dense_hidden = update_block(
+                    name, block, call, hidden, dense_hidden, norms, sparsity, recipe, compute
+                )
             else:
-                pruned = mask_block(name, block, call, hidden, sparsity, recipe, compute)
+                pruned = mask_block(name, block, call, hidden, norms, sparsity, recipe, compute)
             journal = write_unit(journal, shard, name, block, *pruned)
         if index + 1 < len(blocks) or recipe.head:
             hidden = run_block(block, calls[index], hidden, compute)

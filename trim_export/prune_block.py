@@ -7,7 +7,6 @@ is fitted to the inputs that the already pruned layers before it produce, toward
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.curves import curves
 from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, run_block
 from trim_export.models import projections
 from trim_export.recipe import Recipe
-from trim_export.row_budgets import ROW_BUDGETS, keep_mask, uniform
+from trim_export.row_budgets import ROW_BUDGETS, LayerView, keep_mask, uniform
 from trim_export.scores import SCORES
 from trim_export.statistics import InputStatistics, collect_inputs, require_all_seen
 from trim_export.streams import observe_dense, observe_pruned
@@ -35,7 +33,14 @@ PrunedBlock = tuple[dict[str, SparseMatrix], dict[str, dict[str, Any]]]
 
 
 def mask_block(
-    name: str, block: nn.Module, call: BlockCall, hidden: Tensor, sparsity: float, recipe: Recipe, compute: Compute
+    name: str,
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    gradients: Mapping[str, Tensor],
+    sparsity: float,
+    recipe: Recipe,
+    compute: Compute,
 ) -> PrunedBlock:
     """Score and mask every layer of a block on the inputs it has while the whole block is dense.
 
@@ -44,6 +49,7 @@ def mask_block(
         block: its layers' weights are replaced.
         call: how the block is called.
         hidden: what the pruned model feeds it, ``[windows, tokens, features]``.
+        gradients: of its layers (`trim_export.gradients`); empty if the score needs none.
         sparsity: of every matrix in it.
         recipe: scores and row budgets.
         compute: where the forward runs.
@@ -52,7 +58,9 @@ def mask_block(
     inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name)
     pruned, reports = {}, {}
     for path, linear in linears.items():
-        pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsity, recipe)
+        pruned[path], reports[path] = prune_matrix(
+            linear.weight.data, inputs[path], sparsity, recipe, gradients.get(path)
+        )
         linear.weight.data = pruned[path].to_dense()
     return pruned, reports
 
@@ -63,6 +71,7 @@ def update_block(
     call: BlockCall,
     hidden: Tensor,
     dense_hidden: Tensor,
+    gradients: Mapping[str, Tensor],
     sparsity: float,
     recipe: Recipe,
     compute: Compute,
@@ -73,7 +82,7 @@ def update_block(
     residual stream it also makes up for what the pruned stream has lost so far.
 
     Args:
-        name, block, call, hidden, sparsity, recipe, compute: as for `mask_block`.
+        name, block, call, hidden, gradients, sparsity, recipe, compute: as for `mask_block`.
         dense_hidden: what the dense model feeds the block.
 
     Returns:
@@ -88,11 +97,11 @@ def update_block(
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()
-            mask, choice = _choose_mask(exact, seen.inputs, sparsity, recipe)
             target = exact @ seen.cross
             if seen.residual is not None:
                 target += seen.residual
             problem = LayerProblem(exact, seen.gram, target)
+            mask, choice = _choose_mask(exact, seen.inputs, gradients.get(path), problem, sparsity, recipe)
             update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)
             reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
@@ -102,7 +111,7 @@ def update_block(
 
 
 def prune_matrix(
-    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe, gradient: Tensor | None = None
 ) -> tuple[SparseMatrix, dict[str, Any]]:
     """Score, allocate and mask one matrix ``[rows, columns]``.
 
@@ -110,7 +119,7 @@ def prune_matrix(
         The kept weights in the dtype of ``weight``, and the matrix's entry in the manifest.
     """
     exact = weight.float()
-    mask, choice = _choose_mask(exact, inputs, sparsity, recipe)
+    mask, choice = _choose_mask(exact, inputs, gradient, None, sparsity, recipe)
     return SparseMatrix.from_dense(weight, mask), _report(exact, exact * mask, mask, inputs) | choice
 
 
@@ -121,15 +130,19 @@ def require_finite_weight(linear: nn.Linear, name: str) -> None:
 
 
 def _choose_mask(
-    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+    weight: Tensor,
+    inputs: InputStatistics,
+    gradient: Tensor | None,
+    problem: LayerProblem | None,
+    sparsity: float,
+    recipe: Recipe,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The mask that score and row budget choose, and what there is to say about the choice."""
-    score = SCORES[recipe.score](weight, inputs)
-    order = score.argsort(dim=1, stable=True)
-    layer_curves = functools.partial(curves, weight, order, inputs.last_tokens)
-    plan = ROW_BUDGETS[recipe.rows](score, layer_curves, sparsity, recipe.policy)
-    even = keep_mask(order, uniform(score, layer_curves, sparsity, recipe.policy).pruned)
-    return keep_mask(order, plan.pruned), {
+    score = SCORES[recipe.score].formula(weight, inputs, gradient)
+    layer = LayerView(weight, score, inputs.last_tokens, problem)
+    plan = ROW_BUDGETS[recipe.rows].allocate(layer, sparsity, recipe.policy)
+    even = keep_mask(layer.order, uniform(layer, sparsity, recipe.policy).pruned)
+    return keep_mask(layer.order, plan.pruned), {
         "target_sparsity": sparsity,
         "learning_rate": plan.learning_rate,
         "cosine_uniform": _output_cosine(weight, weight * even, inputs.last_tokens),
