@@ -95,7 +95,7 @@ def test_the_cap_holds_for_every_budget_that_promises_it(rows: str) -> None:
 
 
 def test_rows_that_anticipate_an_update_need_one() -> None:
-    with pytest.raises(UsageError, match="^rows anticipating needs a weight update; give one with --update"):
+    with pytest.raises(UsageError, match=r"^rows anticipating needs a weight update; give one with --update"):
         make_recipe("paper", 0.7, rows="anticipating")
     assert make_recipe("paper", 0.7, rows="anticipating", update="refit").rows == "anticipating"
 
