@@ -84,6 +84,38 @@ def test_prune_reports_what_it_made(artifact: tuple[Path, dict[str, Any]]) -> No
     assert report["peak_memory_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--score", "gblm"),
+        ("--score", "ria"),
+        ("--rows", "lagrangian"),
+        ("--rows", "anticipating"),
+        ("--score", "gblm", "--rows", "lagrangian", "--update", "none"),
+    ],
+    ids=" ".join,
+)
+def test_scores_and_row_budgets_give_artifacts_that_run(
+    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "a", tmp_path / "i.json"
+    run(
+        *("prune", "--model", model, "--sparsity", 0.6, "-o", out, "--calibration", text),
+        *("--samples", 8, "--sequence-length", 16, *options),
+    )
+    run("verify", out, "--runtime", "torch-sparse")
+    run("inspect", out, "--json", report)
+    result = json.loads(report.read_text())
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert {f"--{name}": result["run"]["recipe"][name] for name in ("score", "rows", "update")}.items() >= given.items()
+    for module in result["modules"]:
+        size = module["shape"][0] * module["shape"][1]
+        assert size - module["nnz"] == round(0.6 * size)
+        assert module["row_sparsity"]["max"] <= 0.95
+    spread = max(module["row_sparsity"]["max"] - module["row_sparsity"]["min"] for module in result["modules"])
+    assert spread > 0.1 if "--rows" in given else spread < 0.05
+
+
 def test_verify_passes_and_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run("verify", artifact[0], "--json", tmp_path / "v.json")
     result = json.loads((tmp_path / "v.json").read_text())
@@ -247,11 +279,14 @@ def test_a_sparsity_for_each_projection_from_the_command_line(model: Path, text:
         (["--score", "wandaa"], 2, "did you mean wanda?"),
         (["--layers", "owls"], 2, "did you mean owl?"),
         (["--layers", "lsaprojection"], 2, "did you mean lsa-projection?"),
-        (["--layers", "auto", "--samples", "7"], 2, "needs 8 calibration windows or more"),
+        (["--layers", "auto", "--samples", "7"], 2, "needs 8 calibration sequences or more"),
         (["--layers", "dlp", "--sparsity", "0.96"], 2, "use --layers uniform"),
         (["--layers", "dlp", "--dlp-alpha", "1"], 2, "DLP needs an alpha in [0, 1)"),
         (["--layers", "auto", "--lsa-beta", "-1"], 2, "LSA needs a beta in [0, 1)"),
-        (["--rows", "x"], 2, "known: matrix, trim, uniform"),
+        (["--rows", "anticipating", "--update", "none"], 2, "rows anticipating needs a weight update"),
+        (["--rows", "lagrangian", "--sparsity", "0.97"], 2, "cap"),
+        (["--score", "gblm", "--sequence-length", "1"], 2, "at least 2 tokens"),
+        (["--rows", "x"], 2, "known: anticipating, lagrangian, matrix, trim, uniform"),
         (["--recipe", "x"], 2, "known: best, fast, paper"),
         (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
         (["--samples", "0"], 2, "samples must be at least 1"),

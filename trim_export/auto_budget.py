@@ -39,6 +39,7 @@ def choose_budget(
     calls: Sequence[BlockCall],
     tokens: Tensor,
     hidden: Tensor,
+    gradients: Mapping[str, Mapping[str, Tensor]],
     compute: Compute,
     track: Track[Any],
 ) -> tuple[LayerBudget, dict[str, Any]]:
@@ -55,6 +56,7 @@ def choose_budget(
         calls: how each is called.
         tokens: all calibration sequences, int64 ``[sequences, tokens]``.
         hidden: what enters the first block for them, ``[sequences, tokens, features]``.
+        gradients: as for `sweep_blocks`.
         compute: where the forward runs.
         track: shows progress.
 
@@ -79,7 +81,7 @@ def choose_budget(
         sparsities = layer_sparsities(budget, recipe, blocks, calls, start, compute, track)
         states = judged
         for swept in sweep_blocks(
-            blocks, calls, start, sparsities, recipe, compute, track, f"trial pruning with {budget.name}"
+            blocks, calls, start, sparsities, gradients, recipe, compute, track, f"trial pruning with {budget.name}"
         ):
             states = run_block(swept.block, swept.call, states, compute)
         expected, given = (window_logits(model, modules, calls, judges, last) for last in (reference, states))

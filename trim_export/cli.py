@@ -88,11 +88,13 @@ def prune(
     recipe: Annotated[
         str, typer.Option(help="Starting point: best, fast, or paper (TRIM as published, to the bit).")
     ] = "best",
-    score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude.")] = None,
+    score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude, ria, gblm (with gradients).")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layer budget: uniform, owl, alpha, dlp, lsa, lsa-projection, auto (by trial).")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="Row budget: trim, uniform, matrix.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Row budget: trim, uniform, matrix, lagrangian, anticipating (the update).")
+    ] = None,
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")

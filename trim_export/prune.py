@@ -22,6 +22,7 @@ from trim_export.auto_budget import choose_budget
 from trim_export.calibration import source_name, windows_to_join
 from trim_export.errors import ModelError
 from trim_export.forward import Compute, block_calls, embed, finish_forward
+from trim_export.gradients import gradient_norms
 from trim_export.layer_budgets import Auto, split_sequences
 from trim_export.models import (
     DenseModel,
@@ -35,6 +36,7 @@ from trim_export.models import (
 from trim_export.progress import Track, silently
 from trim_export.prune_block import prune_matrix, require_finite_weight
 from trim_export.recipe import Recipe
+from trim_export.scores import SCORES
 from trim_export.statistics import input_statistics
 from trim_export.storage import sha256_bytes
 from trim_export.sweep import sweep_blocks
@@ -81,11 +83,14 @@ def prune(
     modules = list(blocks.values())
     calls = block_calls(dense.model, modules, sequences[:1], joined)
     hidden = embed(dense.model, modules, sequences)
+    gradients: dict[str, dict[str, Tensor]] = {}
+    if SCORES[recipe.score].needs_gradients and len(journal.shards) < len(blocks):
+        gradients = gradient_norms(dense.model, blocks, tokens, compute, track)
     if journal.sparsities is None:
         budget, choice = recipe.layers, None
         if isinstance(budget, Auto):
             budget, choice = choose_budget(
-                budget, dense.model, recipe, blocks, calls, sequences, hidden, compute, track
+                budget, dense.model, recipe, blocks, calls, sequences, hidden, gradients, compute, track
             )
         sparsities = layer_sparsities(budget, recipe, blocks, calls, hidden, compute, track)
         journal = journal.with_sparsities(sparsities, choice)
@@ -95,7 +100,9 @@ def prune(
         for name, shard in zip(blocks, map(block_shard, range(len(blocks))), strict=True)
         if shard in journal.shards
     }
-    for swept in sweep_blocks(blocks, calls, hidden, journal.sparsities, recipe, compute, track, finished=finished):
+    for swept in sweep_blocks(
+        blocks, calls, hidden, journal.sparsities, gradients, recipe, compute, track, finished=finished
+    ):
         if swept.pruned is not None:
             journal = write_unit(journal, block_shard(swept.index), swept.name, swept.block, *swept.pruned)
         hidden = swept.hidden

@@ -80,12 +80,12 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     recipe = replace(Recipe(sparsity), **values)
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity {sparsity} is outside [0, 1)")
-    choose("score", recipe.score, SCORES)
+    score = choose("score", recipe.score, SCORES)
     choose("layer budget", recipe.layers.name, LAYER_BUDGETS)
-    choose("row budget", recipe.rows, ROW_BUDGETS)
+    rows = choose("row budget", recipe.rows, ROW_BUDGETS)
     choose("counts", recipe.counts, POLICIES)
     choose("weight update", recipe.update, UPDATES)
-    if recipe.rows == "trim" and sparsity > ROW_CAP:
+    if rows.capped and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
     if not isinstance(recipe.layers, Uniform) and sparsity > ROW_CAP:
         raise UsageError(
@@ -96,6 +96,13 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
             raise UsageError(f"{setting.replace('_', ' ')} must be at least 1")
     if isinstance(recipe.layers, Auto):
         split_sequences(recipe.samples)
+    if rows.needs_problem and recipe.update == "none":
+        raise UsageError(f"rows {recipe.rows} needs a weight update; give one with --update, or other --rows")
+    if recipe.head and (rows.needs_problem or score.needs_gradients):
+        what = f"rows {recipe.rows}" if rows.needs_problem else f"score {recipe.score}"
+        raise UsageError(f"{what} is for decoder blocks only; leave out --head, or choose another")
+    if score.needs_gradients and recipe.sequence_length < 2:
+        raise UsageError(f"score {recipe.score} needs windows of at least 2 tokens: a single one predicts nothing")
     return recipe
 
 

@@ -65,7 +65,7 @@ def choose(dense: DenseModel, recipe: Recipe, tokens: torch.Tensor = TOKENS) -> 
     blocks = decoder_blocks(dense.model)
     calls = block_calls(dense.model, list(blocks.values()), tokens[:1])
     hidden = embed(dense.model, list(blocks.values()), tokens)
-    return choose_budget(recipe.layers, dense.model, recipe, blocks, calls, tokens, hidden, CPU, silently)
+    return choose_budget(recipe.layers, dense.model, recipe, blocks, calls, tokens, hidden, {}, CPU, silently)
 
 
 def direct_divergence(pruned: DenseModel, dense: DenseModel) -> float:
