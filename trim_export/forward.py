@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     gives_tuple: bool
 
-    def run(self, block: nn.Module, batch: Tensor, compute: Compute) -> Tensor:
+    def run(self, block: Callable[..., Any], batch: Tensor, compute: Compute) -> Tensor:
         """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
         with compute.context():
             output = block(
