@@ -195,6 +195,59 @@ def test_check_names_a_damaged_file(artifact: tuple[Path, dict[str, Any]], tmp_p
     assert "block-00001.safetensors" in sentence(run("check", tmp_path / "a", check=1))
 
 
+@pytest.mark.parametrize("method", ["blocks", "spp"])
+def test_recover_makes_an_artifact_that_checks_and_verifies(
+    method: str, artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    shown = run(
+        *("recover", artifact[0], "-o", tmp_path / "b", "--method", method, "--calibration", text, "--model", model),
+        *("--samples", 16, "--sequence-length", 16, "--steps", 8, "--json", tmp_path / "r.json"),
+    ).stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["recovery"]["calibration"] == "text.txt"
+    for loss in result["recovery"]["losses"].values():
+        assert loss["after"] < loss["before"]
+        assert f"{loss['before']:.5f}" in shown
+    run("check", tmp_path / "b")
+    run("verify", tmp_path / "b")
+    assert f"{method}, 8 steps" in run("inspect", tmp_path / "b").stdout
+    assert result["sparsity"] == artifact[1]["sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--method", "blocs"], 2, "did you mean blocks?"),
+        (["--samples", "1"], 2, "too few"),
+        (["--steps", "0"], 2, "steps must be at least 1"),
+        (["--learning-rate", "-1"], 2, "not a positive number"),
+        (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
+        (["--sequence-length", "2000"], 2, "too few for a window of 2000"),
+        (["--model", "nowhere/at/all"], 2, "neither a model directory"),
+        (["--device", "cuda"], 3, "no CUDA device"),
+        (["-o", "{artifact}"], 2, "holds the artifact"),
+        (["-o", "{artifact}", "--overwrite"], 2, "holds the artifact"),
+        (["-o", "{model}"], 2, "not empty and not an artifact"),
+        (["--resume", "--overwrite"], 2, "exclude each other"),
+    ],
+)
+def test_bad_input_to_recover_is_one_sentence_and_writes_nothing(
+    arguments: list[str],
+    code: int,
+    said: str,
+    artifact: tuple[Path, dict[str, Any]],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    before = hashes(artifact[0])
+    given = [word.format(artifact=artifact[0], model=model) for word in arguments]
+    words = ["-o", tmp_path / "b", "--calibration", text, "--model", model, *given]  # the last of two values counts
+    assert said in sentence(run("recover", artifact[0], *words, check=code))
+    assert not (tmp_path / "b").exists()
+    assert hashes(artifact[0]) == before
+
+
 def test_plan_predicts_the_artifact_size(artifact: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path) -> None:
     run("plan", "--model", model, "--sparsity", 0.5, "--json", tmp_path / "p.json")
     predicted = json.loads((tmp_path / "p.json").read_text())["artifact_bytes"]
@@ -327,9 +380,13 @@ def test_another_directory_is_never_overwritten(model: Path, text: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("command", ["verify", "bench", "inspect", "generate", "convert"])
+@pytest.mark.parametrize("command", ["verify", "bench", "inspect", "generate", "convert", "recover"])
 def test_commands_refuse_what_is_no_artifact(command: str, tmp_path: Path) -> None:
-    extra = {"generate": ["--prompt", "x"], "convert": ["--to", "csr", "-o", str(tmp_path / "b")]}.get(command, [])
+    extra = {
+        "generate": ["--prompt", "x"],
+        "convert": ["--to", "csr", "-o", str(tmp_path / "b")],
+        "recover": ["--calibration", "self", "-o", str(tmp_path / "b")],
+    }.get(command, [])
     assert "not a trim-export artifact" in sentence(run(command, tmp_path, *extra, check=2))
 
 

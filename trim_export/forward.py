@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ class BlockCall:
     gives_tuple: bool
     joined: int = 1
 
-    def run(self, block: nn.Module, batch: Tensor, compute: Compute) -> Tensor:
+    def run(self, block: Callable[..., Any], batch: Tensor, compute: Compute) -> Tensor:
         """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
         with compute.context():
             output = block(

@@ -24,7 +24,7 @@ from trim_export.statistics import InputStatistics, collect_inputs, require_all_
 from trim_export.streams import observe_dense, observe_pruned
 from trim_export.updates import UPDATES, LayerProblem, Support
 
-__all__ = ["PrunedBlock", "mask_block", "prune_matrix", "require_finite_weight", "update_block"]
+__all__ = ["PrunedBlock", "mask_block", "output_cosine", "prune_matrix", "require_finite_weight", "update_block"]
 
 HISTOGRAM_BINS = 20
 
@@ -150,7 +150,7 @@ def _choose_mask(
     return keep_best(score, plan.pruned), {
         "target_sparsity": sparsity,
         "learning_rate": plan.learning_rate,
-        "cosine_uniform": _output_cosine(weight, weight * even, inputs.last_tokens),
+        "cosine_uniform": output_cosine(weight, weight * even, inputs.last_tokens),
     }
 
 
@@ -167,7 +167,7 @@ def _report(weight: Tensor, sparse: Tensor, mask: Tensor, inputs: InputStatistic
             "max": float(sparsities.max()),
             "histogram": torch.histc(sparsities, HISTOGRAM_BINS, min=0, max=1).long().tolist(),
         },
-        "cosine": _output_cosine(weight, sparse, inputs.last_tokens),
+        "cosine": output_cosine(weight, sparse, inputs.last_tokens),
     }
 
 
@@ -178,7 +178,7 @@ def _finite_projections(name: str, block: nn.Module) -> Mapping[str, nn.Linear]:
     return linears
 
 
-def _output_cosine(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
+def output_cosine(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
     """Cosine between the dense and the pruned outputs of a whole layer."""
     dense, pruned = (weight @ inputs).flatten().double(), (sparse @ inputs).flatten().double()
     return float(torch.nn.functional.cosine_similarity(dense, pruned, dim=0))
