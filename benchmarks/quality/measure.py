@@ -70,8 +70,9 @@ def measure(cell: Cell, protocol: Protocol, sources: Sources, directory: Path) -
         directory: an empty one for the artifact.
 
     Returns:
-        ``perplexity`` and ``later_perplexity``; of pruned models ``prune_seconds``, ``peak_memory_bytes`` of the
-        process up to the end of pruning, ``sparsity`` as realised; ``stored``: form -> bytes and perplexities; ``machine``.
+        ``perplexity``, ``later_perplexity`` and ``machine``; of pruned models ``prune_seconds``, ``sparsity`` as
+        realised, and ``peak_memory_bytes`` of the process up to the end of pruning; if the cell asks for stored forms,
+        ``stored``: form -> bytes and perplexities.
 
     Raises:
         ModelError: activations or perplexity are not finite.

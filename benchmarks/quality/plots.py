@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ def plots(store: Store) -> list[str]:
         import matplotlib as mpl
     except ImportError:
         return ["No plots: matplotlib is not installed (pip install 'trim-export[bench]')."]
-    mpl.use("svg")
     with mpl.rc_context(SETTINGS):
         drawn = [_quality(store, store.path.with_suffix(".svg"))]
         drawn.append(_frontier(store, store.path.with_name("frontier.svg")))
@@ -68,7 +67,7 @@ def _quality(store: Store, path: Path) -> Path | None:
         "sparsity of the block matrices",
     )
     axes.axhline(dense["perplexity"], color=GREY, linewidth=0.8)
-    ends = {}
+    ends = {f"dense {dense['perplexity']:.1f}": dense["perplexity"]}
     for name, curve in curves.items():
         style = STYLES[name]
         means = [statistics.mean(values) for values in curve.values()]
@@ -78,17 +77,17 @@ def _quality(store: Store, path: Path) -> Path | None:
                 [sparsity] * len(values), values, linestyle="", marker=style["marker"], markersize=3.5,
                 markerfacecolor="none", markeredgecolor=style["color"], alpha=0.45,
             )  # fmt: skip
-        ends[name] = (max(curve), means[-1])
+        ends[name] = means[-1]
     sparsities = sorted({sparsity for curve in curves.values() for sparsity in curve})
     axes.set_xticks(sparsities, [f"{sparsity:g}" for sparsity in sparsities])
     axes.set_xlim(sparsities[0] - 0.01, sparsities[-1] + 0.01)
     _round_ticks(axes)
-    _label_ends(axes, {**ends, f"dense {dense['perplexity']:.1f}": (sparsities[-1], dense["perplexity"])})
+    _label_ends(axes, ends)
     return _saved(figure, path)
 
 
 def _frontier(store: Store, path: Path) -> Path | None:
-    """Pruned models along a line for each form of their values, the dense model's forms as crosses along another."""
+    """Pruned models along a line for each form of their values, the dense model's forms along another."""
     field = contestants(store)
     dense = [c for c in field if c.sparsity is None and c.form != GGUF]
     if not field:
@@ -98,27 +97,13 @@ def _frontier(store: Store, path: Path) -> Path | None:
         f"{store.protocol.data}",
         "weights on disk, MB (embeddings, head, norms in bf16 for all)",
     )
-    _line(axes, dense, "x", GREY, (0, (1, 1.5)), lambda c: c.form, (5, -12))
+    _line(axes, dense, "x", GREY, (0, (1, 1.5)), [f"dense {c.form}" for c in dense], (-6, -11))
     for form, marker, color, dashes in (("bf16", "D", "#3d6f9e", (0, (5, 2))), ("int8", "o", "#0b2545", "-")):
         pruned = [c for c in field if c.sparsity is not None and c.form == form]
-        _line(axes, pruned, marker, color, dashes, lambda c: f"{c.sparsity:g}", (5, 4))
-        if pruned:
-            end = pruned[0]
-            axes.annotate(
-                f"pruned, {form} values", (end.nbytes / 1e6, end.perplexity), xytext=(0, 18),
-                textcoords="offset points", color=color, ha="left",
-            )  # fmt: skip
-    if dense:
-        end = dense[0]
-        axes.annotate(
-            "dense, quantised", (end.nbytes / 1e6, end.perplexity), xytext=(0, 18), textcoords="offset points",
-            color=GREY, ha="left",
-        )  # fmt: skip
-    for c in field:
-        if c.form == GGUF:
-            axes.plot([c.nbytes / 1e6], [c.perplexity], marker="*", markersize=9, color="black", linestyle="")
-            axes.annotate("its own file", (c.nbytes / 1e6, c.perplexity), xytext=(5, -12), textcoords="offset points")
-    axes.margins(x=0.12, y=0.12)
+        names = [f"{c.sparsity:g}" for c in pruned[:-1]] + [f"{c.sparsity:g} sparse, {form}" for c in pruned[-1:]]
+        _line(axes, pruned, marker, color, dashes, names, (7, 3))
+    _line(axes, [c for c in field if c.form == GGUF], "*", "black", "", ["dense, its GGUF file"], (-8, -4))
+    axes.margins(x=0.13, y=0.12)
     _round_ticks(axes)
     return _saved(figure, path)
 
@@ -141,24 +126,25 @@ def _line(
     marker: str,
     color: str,
     dashes: Any,
-    label: Callable[[Contestant], str],
+    names: Sequence[str],
     offset: tuple[int, int],
 ) -> None:
-    """Contestants of one kind by size, each with its label."""
-    places = [(c.nbytes / 1e6, c.perplexity) for c in field]
-    axes.plot(
-        [size for size, _ in places], [value for _, value in places], marker=marker, color=color, linestyle=dashes
-    )
-    for c, place in zip(field, places, strict=True):
-        axes.annotate(label(c), place, xytext=offset, textcoords="offset points", color=color, fontsize=9)
+    """Contestants of one kind by size, each with its name at an offset in points: beside it, on that side."""
+    sizes = [c.nbytes / 1e6 for c in field]
+    axes.plot(sizes, [c.perplexity for c in field], marker=marker, color=color, linestyle=dashes)
+    for c, size, name in zip(field, sizes, names, strict=False):
+        axes.annotate(
+            name, (size, c.perplexity), xytext=offset, textcoords="offset points", color=color, fontsize=9,
+            ha="left" if offset[0] > 0 else "right",
+        )  # fmt: skip
 
 
-def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float]]) -> None:
+def _label_ends(axes: Any, ends: Mapping[str, float]) -> None:
     """Names to the right of the axes at the heights of the lines' ends, moved apart where they would touch."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     gap = 0.055 * (high - low)
     height = -math.inf
-    for name, (_, value) in sorted(ends.items(), key=lambda item: item[1][1]):
+    for name, value in sorted(ends.items(), key=lambda item: item[1]):
         height = max(math.log(value), height + gap)
         color = STYLES[name]["color"] if name in STYLES else GREY
         axes.text(1.015, math.exp(height), name, color=color, va="center", transform=axes.get_yaxis_transform())

@@ -54,7 +54,8 @@ class Form:
         top = 2 ** (self.bits - 1) - 1
         scales = (groups.abs().amax(dim=-1, keepdim=True) / top).to(self.scale).float()
         codes = (groups / scales.where(scales > 0, 1.0)).round().clamp(-top, top)
-        return (codes * scales).view(rows, -1)[:, :columns]
+        read: Tensor = (codes * scales).view(rows, -1)[:, :columns]
+        return read
 
     def nbytes(self, rows: int, columns: int, count: int) -> int:
         """Bytes of ``count`` numbers of a matrix of this shape, packed without gaps, and of its scales."""
@@ -91,11 +92,10 @@ def stored_as(
         Form, bytes of the matrices and bytes of all weights, while ``model`` holds what reading that form gives.
     """
     model.float()
-    weights = {name: model.get_submodule(name).weight for name in masks}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in masks}
     exact = {name: weight.data for name, weight in weights.items()}
-    matrices = {id(weight) for weight in weights.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in matrices:
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in weights:
             parameter.data = parameter.data.bfloat16().float()
     numbers = sum(tensor.numel() for tensor in unique_tensors(model.state_dict()).values())
     rest = REST_BYTES * (numbers - sum(weight.numel() for weight in exact.values()))

@@ -48,19 +48,20 @@ def tables(store: Store) -> Iterator[Table | str]:
     if dense is None:
         return
     yield _recipe_table(store, dense)
-    best = store.of_row(BEST)
-    ablated = {at for row in ABLATION for at, seeds in store.of_row(row).items() if seeds != best.get(at)}
+    of_table = [store.of_row(row) for row in TABLE]
+    ablated = {
+        sparsity
+        for row in ABLATION
+        for sparsity, seeds in store.of_row(row).items()
+        if all(seeds != known.get(sparsity) for known in of_table)
+    }
     for sparsity in sorted(ablated):
         yield _ablation_table(store, sparsity)
     stored = contestants(store)
     if stored:
         yield _frontier_table(store, stored, dense)
         yield verdict(stored)
-    for row in dict.fromkeys((*TABLE, *ABLATION)):
-        for sparsity, seeds in store.of_row(row).items():
-            for seed, record in seeds.items():
-                if "failed" in record:
-                    yield f"failed: {Cell(row, sparsity, seed)}: {record['failed']}"
+    yield from _failures(store)
 
 
 def contestants(store: Store) -> list[Contestant]:
@@ -181,6 +182,17 @@ def _frontier_table(store: Store, field: list[Contestant], dense: Record) -> Tab
             for c in field
         ],
     )
+
+
+def _failures(store: Store) -> Iterator[str]:
+    """A sentence for each failed cell, under the first of its rows' names."""
+    told: list[Record] = []
+    for row in (*TABLE, *ABLATION):
+        for sparsity, seeds in store.of_row(row).items():
+            for seed, record in seeds.items():
+                if "failed" in record and record not in told:
+                    told.append(record)
+                    yield f"Failed: {Cell(row, sparsity, seed)}: {record['failed']}"
 
 
 def _done(seeds: Mapping[int, Record]) -> dict[int, Record]:
