@@ -21,7 +21,6 @@ __all__ = [
     "source_name",
     "token_stream",
     "training_windows",
-    "windows_to_join",
 ]
 
 DATA_SETS = {
@@ -80,22 +79,6 @@ def training_windows(
     cut = len(stream) - len(stream) // 8
     trained_on = _draw_windows(stream[:cut], source, samples - held_out, length, seed)
     return torch.cat([trained_on, _draw_windows(stream[cut:], f"{source}, last eighth", held_out, length, seed)])
-
-
-def windows_to_join(windows: int, length: int, context: int, model: PreTrainedModel) -> int:
-    """How many windows make up one sequence: as many as fit into ``context`` tokens and leave no remainder.
-
-    Short windows show a model little but beginnings of texts, and a model fitted to those does worse at all that comes
-    later. Joined they cost about the same, and most of their tokens stand where most tokens stand in use.
-
-    Args:
-        windows, length: how many windows there are, of how many tokens.
-        context: tokens of a sequence; 0 joins none. The model's own limit counts too.
-        model: what will read them.
-    """
-    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", context)
-    most = max(1, min(context, limit) // length)
-    return max(count for count in range(1, most + 1) if windows % count == 0)
 
 
 def consecutive_windows(stream: Tensor, length: int, count: int, first: int = 0) -> Tensor:

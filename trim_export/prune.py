@@ -19,7 +19,7 @@ from trim_export.allocation import layer_sparsities
 from trim_export.artifact import HEAD, Artifact, block_shard
 from trim_export.artifact_writer import finish_artifact, load_shard_into, open_journal, write_unit
 from trim_export.auto_budget import choose_budget
-from trim_export.calibration import source_name, windows_to_join
+from trim_export.calibration import source_name
 from trim_export.errors import ModelError
 from trim_export.forward import Compute, block_calls, embed, finish_forward
 from trim_export.gradients import gradient_norms
@@ -33,6 +33,7 @@ from trim_export.models import (
     unprunable_matrices,
     weight_bytes,
 )
+from trim_export.packing import pack_windows, read_apart, unpacked
 from trim_export.progress import Track, silently
 from trim_export.prune_block import prune_matrix, require_finite_weight
 from trim_export.recipe import Recipe
@@ -72,17 +73,19 @@ def prune(
     if not any(projections(block) for block in blocks.values()):
         others = unprunable_matrices(next(iter(blocks.values())))
         raise ModelError(f"{dense.source}: nothing to prune; its blocks have no nn.Linear, but {', '.join(others)}")
-    joined = windows_to_join(*tokens.shape, recipe.context_length, dense.model)
-    sequences = tokens.reshape(len(tokens) // joined, -1)
+    packed = pack_windows(tokens, recipe.context_length, dense.model)
     if isinstance(recipe.layers, Auto):
-        split_sequences(len(sequences))
+        split_sequences(len(packed.tokens))
     run = describe_run(dense, recipe, tokens, compute)
     journal = open_journal(out, run, len(blocks), resume)
     if isinstance(journal, Artifact):
         return journal
     modules = list(blocks.values())
-    calls = block_calls(dense.model, modules, sequences[:1], joined)
-    hidden = embed(dense.model, modules, sequences)
+    calls = block_calls(dense.model, modules, packed.tokens[:1], packed.positions, packed.joined)
+    if packed.positions is not None and not read_apart(calls, packed.positions):
+        packed = unpacked(tokens)
+        calls = block_calls(dense.model, modules, packed.tokens[:1])
+    hidden = embed(dense.model, modules, packed.tokens, packed.positions)
     gradients: dict[str, dict[str, Tensor]] = {}
     if SCORES[recipe.score].needs_gradients and len(journal.shards) < len(blocks):
         gradients = gradient_norms(dense.model, blocks, tokens, compute, track)
@@ -90,7 +93,7 @@ def prune(
         budget, choice = recipe.layers, None
         if isinstance(budget, Auto):
             budget, choice = choose_budget(
-                budget, dense.model, recipe, blocks, calls, sequences, hidden, gradients, compute, track
+                budget, dense.model, recipe, blocks, calls, packed.tokens, hidden, gradients, compute, track
             )
         sparsities = layer_sparsities(budget, recipe, blocks, calls, hidden, compute, track)
         journal = journal.with_sparsities(sparsities, choice)
@@ -111,7 +114,9 @@ def prune(
         name, head = output_head(dense.model)
         require_finite_weight(head, name)
         units[name] = head
-        inputs = input_statistics(finish_forward(dense.model, modules, calls, sequences, hidden), name, joined)
+        inputs = input_statistics(
+            finish_forward(dense.model, modules, calls, packed.tokens, hidden), name, packed.joined
+        )
         matrix, report = prune_matrix(head.weight.data, inputs, recipe.sparsity, recipe)
         head.weight.data = matrix.to_dense()
         journal = write_unit(journal, HEAD, name, head, {"": matrix}, {"": report})
