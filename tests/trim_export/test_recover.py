@@ -31,7 +31,7 @@ Tiny = Callable[..., Path]
 Pruned = Callable[..., Artifact]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
-TOKENS = tiny_tokens(16, 12)
+TOKENS = tiny_tokens(24, 12)
 BLOCKS = make_recovery("blocks", "text.txt", steps=12, learning_rate=5e-3)
 SPP = make_recovery("spp", "text.txt", steps=12, learning_rate=3e-2)
 
