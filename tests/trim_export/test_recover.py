@@ -31,7 +31,7 @@ Tiny = Callable[..., Path]
 Pruned = Callable[..., Artifact]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
-TOKENS = tiny_tokens(16, 12)
+TOKENS = tiny_tokens(24, 12)
 BLOCKS = make_recovery("blocks", "text.txt", steps=12, learning_rate=5e-3)
 SPP = make_recovery("spp", "text.txt", steps=12, learning_rate=3e-2)
 
@@ -293,7 +293,7 @@ def test_what_is_no_finished_and_intact_artifact_is_refused(
         open_intact(damaged, out)
 
 
-@pytest.mark.parametrize("change", [{"sha256": None}, {"model": 3}, {"dtype": "int8"}])
+@pytest.mark.parametrize("change", [{"sha256": None}, {"model": 3}, {"dtype": "int8"}, {"dtype": []}, {"bytes": "1"}])
 def test_a_manifest_that_does_not_name_its_model_is_refused(
     change: dict[str, Any], pruned: Pruned, tmp_path: Path
 ) -> None:
