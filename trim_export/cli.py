@@ -136,7 +136,7 @@ def prune(
 @app.command()
 def convert(
     directory: Directory,
-    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, dense or scipy.")],
+    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, dense or scipy.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
     json_file: Json = None,
