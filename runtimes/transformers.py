@@ -31,7 +31,15 @@ from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 
-__all__ = ["METHOD", "RUNTIMES", "TrimSparseConfig", "TrimSparseQuantizer", "load", "pick_runtime"]
+__all__ = [
+    "METHOD",
+    "RUNTIMES",
+    "TrimSparseConfig",
+    "TrimSparseQuantizer",
+    "available_runtimes",
+    "load",
+    "pick_runtime",
+]
 
 _KNOWN: tuple[Runtime, ...] = (NativeRuntime(), TorchSparseRuntime(), DenseRuntime())
 
@@ -95,8 +103,7 @@ def pick_runtime(name: str, device: str = "cpu") -> Runtime:
         EnvironmentLacks: it is not available here.
     """
     if name == "auto":
-        fitting = (runtime for runtime in RUNTIMES.values() if device in runtime.devices)
-        return next(runtime for runtime in fitting if runtime.unavailable() is None)
+        return RUNTIMES[available_runtimes(device)[0]]
     runtime = choose("runtime", name, RUNTIMES)
     if device not in runtime.devices:
         raise UsageError(f"runtime {name} executes on {' and '.join(runtime.devices)}, not on {device}; choose another")
@@ -104,6 +111,11 @@ def pick_runtime(name: str, device: str = "cpu") -> Runtime:
     if reason:
         raise EnvironmentLacks(f"runtime {name}: {reason}")
     return runtime
+
+
+def available_runtimes(device: str = "cpu") -> list[str]:
+    """Names of the runtimes that can be used here on this type of device, the preferred one first."""
+    return [name for name, runtime in RUNTIMES.items() if device in runtime.devices and runtime.unavailable() is None]
 
 
 @register_quantization_config(METHOD)

@@ -24,14 +24,14 @@ struct Candidate {
 void list_candidates(Candidate (&candidates)[3]) {
     candidates[0] = candidates[1] = {nullptr, false};
     candidates[2] = {&portable_kernels, true};
-#ifdef TRIM_NATIVE_X86
+#ifdef TRIM_NATIVE_AVX2
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     candidates[1] = {&avx2_kernels, avx2};
 #ifdef TRIM_NATIVE_AVX512
-    candidates[0] = {&avx512_kernels, avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                          __builtin_cpu_supports("avx512vl") &&
-                                          __builtin_cpu_supports("avx512vbmi2")};
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+    candidates[0] = {&avx512_kernels, avx2 && avx512};
 #endif
 #endif
 }
@@ -68,19 +68,18 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
               divide_up(given.columns, kWordColumns), given.order, given.mask,
               given.group_start, given.values,     given.scales};
     const std::size_t value_bytes = kValueBytes[given.value_type];
-    const std::int64_t tail = TRIM_NATIVE_TAIL_BYTES / static_cast<std::int64_t>(value_bytes);
     const bool scaled = given.value_type == TRIM_NATIVE_I8;
     if (!aligned(given.order, 4) || given.order_size != matrix.rows || !aligned(given.mask, 8) ||
         given.mask_size != matrix.groups * matrix.words * kGroupRows || !aligned(given.group_start, 8) ||
         given.group_start_size != matrix.groups + 1 || !aligned(given.values, value_bytes) ||
-        given.values_size < tail || (given.scales != nullptr) != scaled ||
+        given.values_size < TRIM_NATIVE_TAIL || (given.scales != nullptr) != scaled ||
         (scaled && (!aligned(given.scales, 4) || given.scales_size != matrix.rows))) {
         return TRIM_NATIVE_BAD_SIZE;
     }
     for (std::int64_t i = 0; i < matrix.rows; ++i) {
         if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
     }
-    if (matrix.group_start[0] != 0 || matrix.group_start[matrix.groups] != given.values_size - tail) {
+    if (matrix.group_start[0] != 0 || matrix.group_start[matrix.groups] != given.values_size - TRIM_NATIVE_TAIL) {
         return TRIM_NATIVE_BAD_MASK;
     }
     for (std::int64_t group = 0; group < matrix.groups; ++group) {

@@ -207,8 +207,8 @@ bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, floa
             if (!decode_tile<Isa>(matrix, block, word, tile)) return false;
             for (std::int64_t v = 0, width; v < vectors; v += width) {
                 width = panel_width(vectors - v);
-                const std::int64_t before = v * Isa::kLanes;
-                const float* x = inputs + before * matrix.words * kWordColumns + word * kWordColumns * width * Isa::kLanes;
+                const std::int64_t before = v * Isa::kLanes, tokens = width * Isa::kLanes;
+                const float* x = inputs + (before * matrix.words + tokens * word) * kWordColumns;
                 float* y = outputs + before * matrix.rows;
                 switch (width) {
                     case 8: multiply_tile<Isa, Value, 8>(tile, rows, order, x, y); break;

@@ -12,7 +12,7 @@ from torch import Tensor
 from trim_export.errors import EnvironmentLacks, UsageError
 from trim_export.shared_library import load_library
 
-__all__ = ["ISA_VARIABLE", "TAIL_BYTES", "VALUE_TYPES", "isa", "library", "multiply", "select_isa"]
+__all__ = ["ISA_VARIABLE", "TAIL", "VALUE_TYPES", "isa", "library", "multiply", "select_isa"]
 
 ISA_VARIABLE = "TRIM_EXPORT_ISA"
 """Environment variable that names the instruction set to use: ``avx512``, ``avx2`` or ``portable``."""
@@ -20,8 +20,8 @@ ISA_VARIABLE = "TRIM_EXPORT_ISA"
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """dtypes of values that the kernels read, and the engine's numbers for them."""
 
-TAIL_BYTES = 64
-"""Bytes behind the last value that a kernel may read."""
+TAIL = 64
+"""Values behind the last one that a kernel may read."""
 
 
 class _Matrix(ctypes.Structure):
@@ -99,7 +99,7 @@ def multiply(
         inputs: float32 ``[tokens, columns]``.
         order, mask: as in `trim_export.converters.Bitmap4x64`.
         group_start: int64 ``[groups + 1]``, where each group of four rows begins in the values.
-        values: ``[nnz]`` and `TAIL_BYTES` more; float32, bfloat16, float16 or int8.
+        values: ``[nnz]`` and `TAIL` more; float32, bfloat16, float16 or int8.
         scales: float32 ``[rows]`` for int8 values, else None.
         threads: at most so many; the result does not depend on it.
 

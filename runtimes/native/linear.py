@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from trim_export.converters import Bitmap, Bitmap4x64, SparseMatrix
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes.linear import Layout, SparseLinear
-from trim_export.runtimes.native.library import TAIL_BYTES, library, multiply
+from trim_export.runtimes.native.library import TAIL, library, multiply
 
 __all__ = ["MaskedLinear", "NativeLinear", "NativeRuntime", "sparse_linear"]
 
@@ -82,7 +82,7 @@ class NativeLinear(SparseLinear):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("group_start", pad(counts.cumsum(0), (1, 0)), persistent=False)
-        self.register_buffer("values", pad(values, (0, TAIL_BYTES // values.element_size())), persistent=False)
+        self.register_buffer("values", pad(values, (0, TAIL)), persistent=False)
         self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ extern "C" {
 // How a value is stored. 8-bit integers are multiplied by the scale of their row; the others stand for themselves.
 enum { TRIM_NATIVE_F32, TRIM_NATIVE_BF16, TRIM_NATIVE_F16, TRIM_NATIVE_I8 };
 
-// Bytes that must be readable behind the last value: a kernel loads whole registers and then selects.
-enum { TRIM_NATIVE_TAIL_BYTES = 64 };
+// Values that must be readable behind the last one, whatever they are: a kernel loads whole registers, then selects.
+enum { TRIM_NATIVE_TAIL = 64 };
 
 enum {
     TRIM_NATIVE_OK,
