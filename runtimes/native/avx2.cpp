@@ -43,7 +43,7 @@ constexpr ExpandTable kExpand = make_expand_table();
 constexpr CompressTable kCompress = make_compress_table();
 
 struct Avx2 {
-    static constexpr std::int64_t kLanes = 8;
+    static constexpr std::int64_t kLanes = 8, kWidest = 4, kTileWords = 2;
     using Vector = __m256;
 
     static TRIM_INLINE Vector load(const float* source) { return _mm256_loadu_ps(source); }
@@ -65,9 +65,12 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(packed));
     }
 
-    static TRIM_INLINE void store_columns(std::uint64_t bits, std::uint8_t* columns) {
-        for (std::uint64_t first = 0; bits; bits >>= 8, first += 0x0808080808080808u) {
-            const std::uint64_t positions = kCompress.positions[bits & 0xff] + first;
+    static TRIM_INLINE void store_columns(std::uint64_t bits, std::int64_t first, std::uint8_t* columns) {
+        constexpr std::uint64_t kEach = 0x0101010101010101;
+        std::uint64_t offset = static_cast<std::uint64_t>(first) * kEach;
+#pragma GCC unroll 8
+        for (int byte = 0; byte < 8; ++byte, bits >>= 8, offset += 8 * kEach) {
+            const std::uint64_t positions = kCompress.positions[bits & 0xff] + offset;
             std::memcpy(columns, &positions, sizeof positions);
             columns += popcount(bits & 0xff);
         }

@@ -9,7 +9,7 @@ namespace trim {
 namespace {
 
 struct Avx512 {
-    static constexpr std::int64_t kLanes = 16;
+    static constexpr std::int64_t kLanes = 16, kWidest = 8, kTileWords = 1;
     using Vector = __m512;
 
     static TRIM_INLINE Vector load(const float* source) { return _mm512_loadu_ps(source); }
@@ -31,11 +31,12 @@ struct Avx512 {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(packed));
     }
 
-    static TRIM_INLINE void store_columns(std::uint64_t bits, std::uint8_t* columns) {
+    static TRIM_INLINE void store_columns(std::uint64_t bits, std::int64_t first, std::uint8_t* columns) {
         const __m512i all = _mm512_set_epi64(0x3f3e3d3c3b3a3938, 0x3736353433323130, 0x2f2e2d2c2b2a2928,
                                              0x2726252423222120, 0x1f1e1d1c1b1a1918, 0x1716151413121110,
                                              0x0f0e0d0c0b0a0908, 0x0706050403020100);
-        _mm512_storeu_si512(columns, _mm512_maskz_compress_epi8(bits, all));
+        const __m512i kept = _mm512_maskz_compress_epi8(bits, all);
+        _mm512_storeu_si512(columns, _mm512_add_epi8(kept, _mm512_set1_epi8(static_cast<char>(first))));
     }
 
     // Two chains, so that an addition need not wait for the one before.

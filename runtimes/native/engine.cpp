@@ -179,22 +179,22 @@ std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const floa
 // Tokens for which weights are decoded once. More would take more scratch space and gain little.
 constexpr std::int64_t kChunkTokens = 256;
 
-// Calls visit(first token, tokens, floats before the panel as a multiple of its columns or rows, tokens side by side).
+// Calls visit(first token, tokens, tokens that there is room for) for each panel.
 template <typename Visit>
-void for_each_panel(std::int64_t tokens, std::int64_t lanes, const Visit& visit) {
-    const std::int64_t vectors = divide_up(tokens, lanes);
+void for_each_panel(std::int64_t tokens, const Batch& kernel, const Visit& visit) {
+    const std::int64_t vectors = divide_up(tokens, kernel.lanes);
     for (std::int64_t v = 0, width; v < vectors; v += width) {
-        width = panel_width(vectors - v);
-        const std::int64_t first = v * lanes, wide = width * lanes;
+        width = panel_width(vectors - v, kernel.widest);
+        const std::int64_t first = v * kernel.lanes, wide = width * kernel.lanes;
         visit(first, first + wide < tokens ? wide : tokens - first, wide);
     }
 }
 
 // Words first..last-1 of all tokens into panels.
 void pack_inputs(const Matrix& matrix, Span words, const float* inputs, std::int64_t tokens, std::int64_t stride,
-                 std::int64_t lanes, float* packed) {
+                 const Batch& kernel, float* packed) {
     const std::int64_t padded = matrix.words * kWordColumns;
-    for_each_panel(tokens, lanes, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
+    for_each_panel(tokens, kernel, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
         float* const panel = packed + first * padded;
         for (std::int64_t word = words.first; word < words.last; ++word) {
             const std::int64_t begin = word * kWordColumns;
@@ -212,9 +212,9 @@ void pack_inputs(const Matrix& matrix, Span words, const float* inputs, std::int
 
 // Rows first..last-1 of all tokens out of panels.
 void unpack_outputs(const Matrix& matrix, Span rows, const float* packed, std::int64_t tokens, std::int64_t stride,
-                    std::int64_t lanes, float* outputs) {
+                    const Batch& kernel, float* outputs) {
     constexpr std::int64_t kRowsAtATime = 16;  // one cache line of outputs
-    for_each_panel(tokens, lanes, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
+    for_each_panel(tokens, kernel, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
         const float* const panel = packed + first * matrix.rows;
         for (std::int64_t top = rows.first; top < rows.last; top += kRowsAtATime) {
             const std::int64_t bottom = top + kRowsAtATime < rows.last ? top + kRowsAtATime : rows.last;
@@ -250,7 +250,7 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     char* const tiles = memory + input_bytes + output_bytes;
 
     run(count, [&](std::int32_t share) {
-        pack_inputs(matrix, part(matrix.words, share, count), inputs, tokens, input_stride, kernel.lanes,
+        pack_inputs(matrix, part(matrix.words, share, count), inputs, tokens, input_stride, kernel,
                     packed_inputs);
         const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, count);
         std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(bytes.last - bytes.first));
@@ -262,7 +262,7 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     });
     if (!good) return TRIM_NATIVE_BAD_MASK;
     run(count, [&](std::int32_t share) {
-        unpack_outputs(matrix, part(matrix.rows, share, count), packed_outputs, tokens, output_stride, kernel.lanes,
+        unpack_outputs(matrix, part(matrix.rows, share, count), packed_outputs, tokens, output_stride, kernel,
                        outputs);
         return true;
     });

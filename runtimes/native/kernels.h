@@ -43,7 +43,7 @@ struct Decode {
     bool (*multiply)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
 };
 
-// Several tokens: Y^T = W X^T. Tokens are taken side by side, a vector of `lanes` at a time, and up to eight vectors
+// Several tokens: Y^T = W X^T. Tokens are taken side by side, a vector of `lanes` at a time, and up to `widest` vectors
 // make a panel, so that a weight, once loaded, meets a whole row of its panel:
 //
 //     packed inputs   [panel][column][token of the panel]     words * 64 columns, zeros where there is nothing
@@ -51,7 +51,7 @@ struct Decode {
 //
 // A panel's floats begin at (tokens of the panels before it) * (columns or rows).
 struct Batch {
-    std::int64_t lanes;
+    std::int64_t lanes, widest;
     std::size_t scratch_bytes;  // of one thread, aligned to 64
     bool (*multiply)(const Matrix& matrix, Span groups, const float* inputs, float* outputs, std::int64_t vectors,
                      void* scratch);
@@ -71,7 +71,10 @@ extern const Kernels avx512_kernels;
 namespace {
 
 // Vectors of the next panel when so many are left: as many as fit, by powers of two.
-constexpr std::int64_t panel_width(std::int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+TRIM_INLINE std::int64_t panel_width(std::int64_t left, std::int64_t widest) {
+    while (widest > left) widest /= 2;
+    return widest;
+}
 
 TRIM_INLINE std::int64_t popcount(std::uint64_t bits) { return __builtin_popcountll(bits); }
 
@@ -85,10 +88,8 @@ TRIM_INLINE bool within(const std::uint64_t* mask, const Value* values, const Va
     return end - values >= kGroupWordValues || popcount4(mask) <= end - values;
 }
 
-// Both streams are read once, front to back: hardware prefetchers follow late, across pages not at all.
-TRIM_INLINE void prefetch(const void* stream) {
-    constexpr std::size_t kAhead = 2048;
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(stream) + kAhead));
+TRIM_INLINE void prefetch(const void* stream, std::uintptr_t bytes_ahead) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(stream) + bytes_ahead));
 }
 
 // ---- one token --------------------------------------------------------------------------------------------------
@@ -109,8 +110,9 @@ bool decode(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs
         typename Isa::Sum sums[kGroupRows] = {};
         for (std::int64_t word = 0; word < matrix.words; ++word, mask += kGroupRows) {
             if (!within(mask, values, end)) return false;
-            prefetch(mask);
-            prefetch(values);
+            // Read once, front to back: hardware prefetchers follow late, and not at all across pages.
+            prefetch(mask, 2048);
+            prefetch(values, 2048);
             const float* x = inputs + word * kWordColumns;
 #pragma GCC unroll 4
             for (std::int64_t i = 0; i < kGroupRows; ++i) Isa::add_products(mask[i], values, x, sums[i]);
@@ -126,65 +128,85 @@ bool decode(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs
 
 // ---- several tokens ---------------------------------------------------------------------------------------------
 
-constexpr std::int64_t kBlockGroups = 64;  // groups whose weights are decoded at a time
+constexpr std::int64_t kBlockGroups = 32;  // groups whose weights are decoded at a time
 constexpr std::int64_t kBlockRows = kBlockGroups * kGroupRows;
 constexpr std::int64_t kSlack = 64;  // entries that a store may write too many
 
-// The kept weights of a block of rows in one word of columns, as value and column within the word. Decoded once and
-// used for all tokens. Entries of a row are consecutive, in the order of the layout; row_end says where they end.
-template <typename Value>
+// The kept weights of a block of rows in a few words of columns, as value and column. Decoded once and used for all
+// tokens. Rows follow each other in the order of the layout; row_end says where their entries end. Each has an even
+// number of entries, if need be with a zero at its end.
+template <typename Isa, typename Value>
 struct alignas(64) Tile {
-    float values[kBlockRows * kWordColumns + kSlack];
-    std::uint8_t columns[kBlockRows * kWordColumns + kSlack];
+    static constexpr std::int64_t kColumns = Isa::kTileWords * kWordColumns;
+    static_assert(kColumns <= 256, "a column is a byte");
+
+    float values[kBlockRows * kColumns + kSlack];
+    std::uint8_t columns[kBlockRows * kColumns + kSlack];
     std::int32_t row_end[kBlockRows];
-    const Value* next[kBlockGroups];  // value of each group where the next word begins
+    const Value* next[kBlockGroups];  // value of each group where the next tile begins
 };
 
 template <typename Isa, typename Value>
-bool decode_tile(const Matrix& matrix, Span block, std::int64_t word, Tile<Value>& tile) {
+bool decode_tile(const Matrix& matrix, Span block, Span words, Tile<Isa, Value>& tile) {
     std::int64_t entries = 0;
     for (std::int64_t group = block.first; group < block.last; ++group) {
-        const std::uint64_t* mask = matrix.mask + (group * matrix.words + word) * kGroupRows;
+        const std::uint64_t* const mask = matrix.mask + (group * matrix.words + words.first) * kGroupRows;
+        const std::int64_t mask_words = (words.last - words.first) * kGroupRows;
+        // The stream alternates between rows; what belongs to each mask word begins here:
+        const Value* begins[Isa::kTileWords * kGroupRows];
         const Value*& next = tile.next[group - block.first];
         const Value* const end = static_cast<const Value*>(matrix.values) + matrix.group_start[group + 1];
-        if (!within(mask, next, end)) return false;
-        const std::int64_t begin = entries;
+        for (std::int64_t m = 0; m < mask_words; ++m) {
+            if (m % kGroupRows == 0 && !within(mask + m, next, end)) return false;
+            begins[m] = next;
+            next += popcount(mask[m]);
+        }
+        // By the next tile, as many groups later as a block has: too far apart for a hardware prefetcher.
+        prefetch(mask + mask_words, 0);
+        for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
         for (std::int64_t i = 0; i < kGroupRows; ++i) {
-            Isa::store_columns(mask[i], tile.columns + entries);
-            entries += popcount(mask[i]);
+            for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
+                const std::int64_t count = popcount(mask[m]);
+                Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + entries);
+                for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
+                    Isa::store(tile.values + entries + k, Isa::widen(begins[m] + k));
+                }
+                entries += count;
+            }
+            tile.values[entries] = 0.0f;
+            tile.columns[entries] = 0;
+            entries += entries % 2;
             tile.row_end[(group - block.first) * kGroupRows + i] = static_cast<std::int32_t>(entries);
         }
-        for (std::int64_t entry = begin; entry < entries; entry += Isa::kLanes) {
-            Isa::store(tile.values + entry, Isa::widen(next + (entry - begin)));
-        }
-        next += entries - begin;
     }
     return true;
 }
 
-// Adds the products of a tile to one panel, `kWidth` vectors wide. A row's sum within the word starts at zero: summing
-// in pieces of a word rounds less than one long chain, and makes the result independent of everything else.
-template <typename Isa, typename Value, std::int64_t kWidth>
-void multiply_tile(const Tile<Value>& tile, std::int64_t rows, const std::int32_t* order,
+// Adds the products of a tile to one panel, `kWidth` vectors wide. Even and odd entries have a chain of sums each, so
+// that an addition need not wait for the one before; both start at zero in each tile, which rounds less than one long
+// chain, and makes the result independent of the number of tokens.
+template <typename Isa, std::int64_t kWidth, typename Value>
+void multiply_tile(const Tile<Isa, Value>& tile, std::int64_t rows, const std::int32_t* order,
                    const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
-    constexpr std::int64_t kTokens = kWidth * Isa::kLanes;
+    constexpr std::int64_t kLanes = Isa::kLanes, kTokens = kWidth * kLanes;
     std::int64_t entry = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
-        const std::int64_t end = tile.row_end[i];
-        if (entry == end) continue;
-        typename Isa::Vector sums[kWidth] = {};
-        for (; entry < end; ++entry) {
-            const float* x = inputs + tile.columns[entry] * kTokens;
-            const typename Isa::Vector weight = Isa::broadcast(tile.values[entry]);
+        typename Isa::Vector even[kWidth] = {}, odd[kWidth] = {};
+        for (const std::int64_t end = tile.row_end[i]; entry < end; entry += 2) {
+            const float* x0 = inputs + tile.columns[entry] * kTokens;
+            const float* x1 = inputs + tile.columns[entry + 1] * kTokens;
+            const typename Isa::Vector w0 = Isa::broadcast(tile.values[entry]);
+            const typename Isa::Vector w1 = Isa::broadcast(tile.values[entry + 1]);
 #pragma GCC unroll 8
             for (std::int64_t v = 0; v < kWidth; ++v) {
-                sums[v] = Isa::multiply_add(weight, Isa::load(x + v * Isa::kLanes), sums[v]);
+                even[v] = Isa::multiply_add(w0, Isa::load(x0 + v * kLanes), even[v]);
+                odd[v] = Isa::multiply_add(w1, Isa::load(x1 + v * kLanes), odd[v]);
             }
         }
         float* y = outputs + order[i] * kTokens;
 #pragma GCC unroll 8
         for (std::int64_t v = 0; v < kWidth; ++v) {
-            Isa::store(y + v * Isa::kLanes, Isa::add(Isa::load(y + v * Isa::kLanes), sums[v]));
+            Isa::store(y + v * kLanes, Isa::add(Isa::load(y + v * kLanes), Isa::add(even[v], odd[v])));
         }
     }
 }
@@ -192,7 +214,7 @@ void multiply_tile(const Tile<Value>& tile, std::int64_t rows, const std::int32_
 template <typename Isa, typename Value>
 bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, float* outputs, std::int64_t vectors,
                     void* scratch) {
-    Tile<Value>& tile = *static_cast<Tile<Value>*>(scratch);
+    Tile<Isa, Value>& tile = *static_cast<Tile<Isa, Value>*>(scratch);
     const Value* values = static_cast<const Value*>(matrix.values);
     for (Span block{groups.first, 0}; block.first < groups.last; block.first = block.last) {
         block.last = block.first + kBlockGroups < groups.last ? block.first + kBlockGroups : groups.last;
@@ -203,18 +225,19 @@ bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, floa
         for (std::int64_t group = block.first; group < block.last; ++group) {
             tile.next[group - block.first] = values + matrix.group_start[group];
         }
-        for (std::int64_t word = 0; word < matrix.words; ++word) {
-            if (!decode_tile<Isa>(matrix, block, word, tile)) return false;
+        for (Span words{0, 0}; words.first < matrix.words; words.first = words.last) {
+            words.last = words.first + Isa::kTileWords < matrix.words ? words.first + Isa::kTileWords : matrix.words;
+            if (!decode_tile(matrix, block, words, tile)) return false;
             for (std::int64_t v = 0, width; v < vectors; v += width) {
-                width = panel_width(vectors - v);
+                width = panel_width(vectors - v, Isa::kWidest);
                 const std::int64_t before = v * Isa::kLanes, tokens = width * Isa::kLanes;
-                const float* x = inputs + (before * matrix.words + tokens * word) * kWordColumns;
+                const float* x = inputs + (before * matrix.words + tokens * words.first) * kWordColumns;
                 float* y = outputs + before * matrix.rows;
                 switch (width) {
-                    case 8: multiply_tile<Isa, Value, 8>(tile, rows, order, x, y); break;
-                    case 4: multiply_tile<Isa, Value, 4>(tile, rows, order, x, y); break;
-                    case 2: multiply_tile<Isa, Value, 2>(tile, rows, order, x, y); break;
-                    default: multiply_tile<Isa, Value, 1>(tile, rows, order, x, y);
+                    case 8: multiply_tile<Isa, Isa::kWidest >= 8 ? 8 : 1>(tile, rows, order, x, y); break;
+                    case 4: multiply_tile<Isa, 4>(tile, rows, order, x, y); break;
+                    case 2: multiply_tile<Isa, 2>(tile, rows, order, x, y); break;
+                    default: multiply_tile<Isa, 1>(tile, rows, order, x, y);
                 }
             }
         }
@@ -234,7 +257,7 @@ constexpr Decode decode_kernel() {
 
 template <typename Isa, typename Value>
 constexpr Batch batch_kernel() {
-    return {Isa::kLanes, sizeof(Tile<Value>), multiply_batch<Isa, Value>};
+    return {Isa::kLanes, Isa::kWidest, sizeof(Tile<Isa, Value>), multiply_batch<Isa, Value>};
 }
 
 // In the order of the value types in trim_native.h.

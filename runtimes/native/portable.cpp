@@ -27,6 +27,8 @@ TRIM_INLINE float widen_one(Float16 value) {
 
 struct Portable {
     static constexpr std::int64_t kLanes = 8;
+    static constexpr std::int64_t kWidest = 4;     // vectors of a panel: two chains of each should fit the registers
+    static constexpr std::int64_t kTileWords = 2;  // words whose inputs, for a panel, should fit the L1 cache
 
     // Compilers turn these loops into whatever vectors the processor has.
     struct Vector { float lanes[kLanes]; };
@@ -60,9 +62,9 @@ struct Portable {
         return vector;
     }
 
-    // The columns of a mask word that are kept; may write up to 64 bytes in all.
-    static void store_columns(std::uint64_t bits, std::uint8_t* columns) {
-        for (; bits; bits &= bits - 1) *columns++ = static_cast<std::uint8_t>(__builtin_ctzll(bits));
+    // The columns of a mask word that are kept, counted from `first`; may write up to 64 bytes in all.
+    static void store_columns(std::uint64_t bits, std::int64_t first, std::uint8_t* columns) {
+        for (; bits; bits &= bits - 1) *columns++ = static_cast<std::uint8_t>(first + __builtin_ctzll(bits));
     }
 
     // A row's sum so far, and how it is made: `add_products` takes one mask word's values off the stream.

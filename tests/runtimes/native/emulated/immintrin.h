@@ -68,6 +68,13 @@ static inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
 static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return each<__m512>([&](auto& to, int i) { to.f32[i] = std::fma(a.r.f32[i], b.r.f32[i], c.r.f32[i]); }, 16);
 }
+static inline __m512i _mm512_set1_epi8(char a) {
+    return each<__m512i>([&](auto& to, int i) { to.i8[i] = a; }, 64);
+}
+static inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+    const auto sum = [&](int i) { return static_cast<std::uint8_t>(a.r.bytes[i] + b.r.bytes[i]); };
+    return each<__m512i>([&](auto& to, int i) { to.bytes[i] = sum(i); }, 64);
+}
 static inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
     return each<__m512i>([&](auto& to, int i) { to.u32[i] = a.r.u32[i] & b.r.u32[i]; }, 16);
 }
