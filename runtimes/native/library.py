@@ -168,7 +168,7 @@ def _check(
     if scales is not None:
         wanted["scales"] = (scales, torch.float32, (rows,))
     for name, (tensor, dtype, shape) in wanted.items():
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
             raise UsageError(
                 f"the native kernel needs {name} as {dtype} {list(shape)} on the CPU, "
                 f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
