@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,6 +177,7 @@ def _jsonl_text(lines: str, source: str) -> str:
     return "\n\n".join(documents)
 
 
+@functools.lru_cache(maxsize=1)  # the command line asks once to fail early, and again to draw windows from it
 def _data_set(name: str, tokens: int) -> str:
     try:
         import datasets
