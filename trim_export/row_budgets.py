@@ -115,9 +115,9 @@ def trim(layer: LayerView, target: float, policy: Policy) -> RowPlan:
 def lagrangian(layer: LayerView, target: float, policy: Policy) -> RowPlan:
     """The least squared error of the outputs, from TRIM's curves (`trim_export.lagrangian`); counts are always exact.
 
-    The squared error and not one minus the cosine, which weighs rows alike whatever their outputs' power and on held-out
-    text left two of three matrices worse than uniform rows (`benchmarks/row_budgets.py` measures both). For weights that
-    stay as they are: after an update these rows were mostly worse than uniform ones; see `anticipating`.
+    The squared error and not one minus the cosine: the latter weighs rows alike whatever their outputs' power, and on
+    held-out text left two of three matrices worse than uniform rows (`benchmarks/row_budgets.py` measures both). For
+    weights that stay as they are: after an update these rows were mostly worse than uniform ones; see `anticipating`.
     """
     errors = squared_errors(layer.curves)[:, : row_cap(layer.score.shape[1], target) + 1]
     return RowPlan(allocate(errors, round(target * layer.score.numel())))
