@@ -84,6 +84,38 @@ def test_prune_reports_what_it_made(artifact: tuple[Path, dict[str, Any]]) -> No
     assert report["peak_memory_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--score", "gblm"),
+        ("--score", "ria"),
+        ("--rows", "lagrangian"),
+        ("--rows", "anticipating"),
+        ("--score", "gblm", "--rows", "lagrangian", "--update", "none"),
+    ],
+    ids=" ".join,
+)
+def test_scores_and_row_budgets_give_artifacts_that_run(
+    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "a", tmp_path / "i.json"
+    run(
+        *("prune", "--model", model, "--sparsity", 0.6, "-o", out, "--calibration", text),
+        *("--samples", 8, "--sequence-length", 16, *options),
+    )
+    run("verify", out, "--runtime", "torch-sparse")
+    run("inspect", out, "--json", report)
+    result = json.loads(report.read_text())
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert {f"--{name}": result["run"]["recipe"][name] for name in ("score", "rows", "update")}.items() >= given.items()
+    for module in result["modules"]:
+        size = module["shape"][0] * module["shape"][1]
+        assert size - module["nnz"] == round(0.6 * size)
+        assert module["row_sparsity"]["max"] <= 0.95
+    spread = max(module["row_sparsity"]["max"] - module["row_sparsity"]["min"] for module in result["modules"])
+    assert spread > 0.1 if "--rows" in given else spread < 0.05
+
+
 def test_verify_passes_and_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run("verify", artifact[0], "--json", tmp_path / "v.json")
     result = json.loads((tmp_path / "v.json").read_text())
@@ -163,6 +195,59 @@ def test_check_names_a_damaged_file(artifact: tuple[Path, dict[str, Any]], tmp_p
     assert "block-00001.safetensors" in sentence(run("check", tmp_path / "a", check=1))
 
 
+@pytest.mark.parametrize("method", ["blocks", "spp"])
+def test_recover_makes_an_artifact_that_checks_and_verifies(
+    method: str, artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    shown = run(
+        *("recover", artifact[0], "-o", tmp_path / "b", "--method", method, "--calibration", text, "--model", model),
+        *("--samples", 16, "--sequence-length", 16, "--steps", 8, "--json", tmp_path / "r.json"),
+    ).stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["recovery"]["calibration"] == "text.txt"
+    for loss in result["recovery"]["losses"].values():
+        assert loss["after"] < loss["before"]
+        assert f"{loss['before']:.5f}" in shown
+    run("check", tmp_path / "b")
+    run("verify", tmp_path / "b")
+    assert f"{method}, 8 steps" in run("inspect", tmp_path / "b").stdout
+    assert result["sparsity"] == artifact[1]["sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--method", "blocs"], 2, "did you mean blocks?"),
+        (["--samples", "1"], 2, "too few"),
+        (["--steps", "0"], 2, "steps must be at least 1"),
+        (["--learning-rate", "-1"], 2, "not a positive number"),
+        (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
+        (["--sequence-length", "2000"], 2, "too few for a window of 2000"),
+        (["--model", "nowhere/at/all"], 2, "neither a model directory"),
+        (["--device", "cuda"], 3, "no CUDA device"),
+        (["-o", "{artifact}"], 2, "holds the artifact"),
+        (["-o", "{artifact}", "--overwrite"], 2, "holds the artifact"),
+        (["-o", "{model}"], 2, "not empty and not an artifact"),
+        (["--resume", "--overwrite"], 2, "exclude each other"),
+    ],
+)
+def test_bad_input_to_recover_is_one_sentence_and_writes_nothing(
+    arguments: list[str],
+    code: int,
+    said: str,
+    artifact: tuple[Path, dict[str, Any]],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    before = hashes(artifact[0])
+    given = [word.format(artifact=artifact[0], model=model) for word in arguments]
+    words = ["-o", tmp_path / "b", "--calibration", text, "--model", model, *given]  # the last of two values counts
+    assert said in sentence(run("recover", artifact[0], *words, check=code))
+    assert not (tmp_path / "b").exists()
+    assert hashes(artifact[0]) == before
+
+
 def test_plan_predicts_the_artifact_size(artifact: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path) -> None:
     run("plan", "--model", model, "--sparsity", 0.5, "--json", tmp_path / "p.json")
     predicted = json.loads((tmp_path / "p.json").read_text())["artifact_bytes"]
@@ -184,7 +269,8 @@ def test_resume_of_a_finished_run_changes_nothing(
 def test_layers_chosen_by_trial_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     shown = run(
         *("prune", "--model", model, "--sparsity", 0.6, "-o", tmp_path / "a", "--calibration", text),
-        *("--update", "refit", "--samples", 12, "--sequence-length", 16, "--layers", "auto", "--owl-strength", 0.05),
+        *("--update", "refit", "--samples", 12, "--sequence-length", 16, "--context-length", 0),
+        *("--layers", "auto", "--owl-strength", 0.05),
         *("--json", tmp_path / "p.json"),
     ).stdout
     choice = json.loads((tmp_path / "p.json").read_text())["layer_choice"]
@@ -193,10 +279,10 @@ def test_layers_chosen_by_trial_from_the_command_line(model: Path, text: Path, t
     assert candidates["owl"]["budget"]["strength"] == 0.05
     best = min(candidates.values(), key=lambda result: result["kl"])
     assert choice["chosen"] == best["budget"]
-    assert (choice["trial_windows"], choice["held_out_windows"]) == (8, 4)
+    assert (choice["trial_sequences"], choice["held_out_sequences"]) == (4, 4)
     uniform = candidates["uniform"]["kl"]
     against = f" against uniform {uniform:.4g}" if best is not candidates["uniform"] else ""
-    sentence = f"layer budget: {choice['chosen']['name']}, KL {best['kl']:.4g}{against} on 4 held-out windows"
+    sentence = f"layer budget: {choice['chosen']['name']}, KL {best['kl']:.4g}{against} on 4 held-out sequences"
     assert sentence in shown.splitlines()
     assert "owl (strength 0.05, threshold 5)" in shown
     run("check", tmp_path / "a")
@@ -226,11 +312,14 @@ def test_a_sparsity_for_each_projection_from_the_command_line(model: Path, text:
         (["--score", "wandaa"], 2, "did you mean wanda?"),
         (["--layers", "owls"], 2, "did you mean owl?"),
         (["--layers", "lsaprojection"], 2, "did you mean lsa-projection?"),
-        (["--layers", "auto", "--samples", "7"], 2, "needs 8 calibration windows or more"),
+        (["--layers", "auto", "--samples", "7"], 2, "needs 8 calibration sequences or more"),
         (["--layers", "dlp", "--sparsity", "0.96"], 2, "use --layers uniform"),
         (["--layers", "dlp", "--dlp-alpha", "1"], 2, "DLP needs an alpha in [0, 1)"),
         (["--layers", "auto", "--lsa-beta", "-1"], 2, "LSA needs a beta in [0, 1)"),
-        (["--rows", "x"], 2, "known: matrix, trim, uniform"),
+        (["--rows", "anticipating", "--update", "none"], 2, "rows anticipating needs a weight update"),
+        (["--rows", "lagrangian", "--sparsity", "0.97"], 2, "cap"),
+        (["--score", "gblm", "--sequence-length", "1"], 2, "at least 2 tokens"),
+        (["--rows", "x"], 2, "known: anticipating, lagrangian, matrix, trim, uniform"),
         (["--recipe", "x"], 2, "known: best, fast, paper"),
         (["--calibration", "nowhere.txt"], 2, "nowhere.txt: no such text file"),
         (["--samples", "0"], 2, "samples must be at least 1"),
@@ -271,9 +360,13 @@ def test_another_directory_is_never_overwritten(model: Path, text: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("command", ["verify", "bench", "inspect", "generate", "convert"])
+@pytest.mark.parametrize("command", ["verify", "bench", "inspect", "generate", "convert", "recover"])
 def test_commands_refuse_what_is_no_artifact(command: str, tmp_path: Path) -> None:
-    extra = {"generate": ["--prompt", "x"], "convert": ["--to", "csr", "-o", str(tmp_path / "b")]}.get(command, [])
+    extra = {
+        "generate": ["--prompt", "x"],
+        "convert": ["--to", "csr", "-o", str(tmp_path / "b")],
+        "recover": ["--calibration", "self", "-o", str(tmp_path / "b")],
+    }.get(command, [])
     assert "not a trim-export artifact" in sentence(run(command, tmp_path, *extra, check=2))
 
 

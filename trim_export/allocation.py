@@ -72,6 +72,11 @@ def _observe(
     """Input statistics of a block as it stands, and its output."""
     outputs: list[Tensor] = []
     inputs = collect_inputs(
-        block, projections(block), lambda: outputs.append(run_block(block, call, hidden, compute)), name, grams
+        block,
+        projections(block),
+        lambda: outputs.append(run_block(block, call, hidden, compute)),
+        name,
+        grams,
+        call.joined,
     )
     return inputs, outputs[0]

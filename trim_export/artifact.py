@@ -173,8 +173,8 @@ def _why_unfinished(path: Path) -> str:
     try:
         done, total = len(journal["shards"].keys() - {HEAD}), journal["blocks"]
     except (AttributeError, KeyError, TypeError):
-        return f"{path / JOURNAL}: damaged; prune again with --overwrite"
-    return f"{path}: unfinished, {done} of {total} blocks; run the same prune command with --resume"
+        return f"{path / JOURNAL}: damaged; start anew with --overwrite"
+    return f"{path}: unfinished, {done} of {total} blocks; run the same command with --resume"
 
 
 def _check_form(file: Path, manifest: dict[str, Any]) -> None:

@@ -53,11 +53,12 @@ class Journal:
 
     Attributes:
         out: the directory.
-        run: everything that decides the bytes (`trim_export.prune.describe_run`).
+        run: everything that decides the bytes (`trim_export.prune.describe_run`, or what `recover` makes of it).
         blocks: number of decoder blocks.
         sparsities: of each block's matrices by their names inside the block, once allocated.
         layer_choice: how the layer budget was chosen, if that was left to trials (`trim_export.auto_budget`).
         shards: finished shard -> its sha256 and its modules' manifest entries.
+        losses: of a recovery: what was trained (a shard, or ``model``) -> what that did to its loss.
     """
 
     out: Path
@@ -66,16 +67,11 @@ class Journal:
     sparsities: list[dict[str, float]] | None = None
     layer_choice: dict[str, Any] | None = None
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self) -> Journal:
         """Write the state to disk."""
-        state = {
-            "run": self.run,
-            "blocks": self.blocks,
-            "sparsities": self.sparsities,
-            "layer_choice": self.layer_choice,
-            "shards": self.shards,
-        }
+        state = {name: value for name, value in vars(self).items() if name != "out"}
         write_bytes(self.out / JOURNAL, canonical_json(state))
         return self
 
@@ -104,14 +100,14 @@ def open_journal(out: Path, run: dict[str, Any], blocks: int, resume: bool) -> J
     file = out / (MANIFEST if finished else JOURNAL)
     state = read_json(file)
     if not (_has_run(state) and (finished or _is_journal(state))):
-        raise ArtifactError(f"{file}: damaged; prune again with --overwrite")
+        raise ArtifactError(f"{file}: damaged; start anew with --overwrite")
     difference = first_difference(run, state["run"])
     if difference:
         raise UsageError(f"{out}: holds another run, which differs in {difference}; pass --overwrite or another -o")
     if finished:
         (out / JOURNAL).unlink(missing_ok=True)  # killed between the manifest and this
         return open_artifact(out)
-    return Journal(out, run, blocks, state["sparsities"], state["layer_choice"], state["shards"])
+    return Journal(out, run, blocks, state["sparsities"], state["layer_choice"], state["shards"], state["losses"])
 
 
 def _has_run(state: Any) -> bool:
@@ -120,7 +116,7 @@ def _has_run(state: Any) -> bool:
 
 def _is_journal(state: dict[str, Any]) -> bool:
     """Whether its fields are there and of the right kinds."""
-    kinds = {"sparsities": list | None, "layer_choice": dict | None, "shards": dict}
+    kinds = {"sparsities": list | None, "layer_choice": dict | None, "shards": dict, "losses": dict}
     complete = all(isinstance(state.get(key, ...), kind) for key, kind in kinds.items())
     return complete and all(isinstance(block, dict) for block in state["sparsities"] or [])
 
@@ -182,7 +178,7 @@ def load_shard_into(block: nn.Module, name: str, file: Path, entry: dict[str, An
         ArtifactError: the shard is not the one the journal recorded.
     """
     if not file.is_file() or sha256_file(file) != entry["sha256"]:
-        raise ArtifactError(f"{file}: not as the journal recorded it; prune again with --overwrite")
+        raise ArtifactError(f"{file}: not as the journal recorded it; start anew with --overwrite")
     tensors = load_file(file)
     for path, linear in projections(block).items():
         shape = (linear.out_features, linear.in_features)
@@ -190,8 +186,17 @@ def load_shard_into(block: nn.Module, name: str, file: Path, entry: dict[str, An
         linear.weight.data = ENCODING.decode(parts, shape).to_dense().to(linear.weight.device)
 
 
-def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.Module]) -> Artifact:
-    """Write what belongs to no pruned unit, the configuration, the card, and last of all the manifest."""
+def finish_artifact(
+    journal: Journal, dense: DenseModel, units: Mapping[str, nn.Module], more: Mapping[str, Any] | None = None
+) -> Artifact:
+    """Write what belongs to no pruned unit, the configuration, the card, and last of all the manifest.
+
+    Args:
+        journal: of the run, every unit written.
+        dense: the model, its units as they are stored.
+        units: name -> what has a shard of its own.
+        more: facts that the manifest shall hold besides.
+    """
     rest = unique_tensors(
         {
             name: tensor
@@ -211,6 +216,7 @@ def finish_artifact(journal: Journal, dense: DenseModel, units: Mapping[str, nn.
         "weights_updated": journal.run["recipe"]["update"] != "none",
         "sparsity": achieved_sparsity(journal.run["recipe"]["sparsity"], modules),
         "modules": modules,
+        **(more or {}),
     }
     if journal.layer_choice is not None:
         facts["layer_choice"] = journal.layer_choice

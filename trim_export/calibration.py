@@ -14,7 +14,14 @@ from trim_export.errors import EnvironmentLacks, UsageError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["calibration_windows", "consecutive_windows", "read_text", "source_name", "token_stream"]
+__all__ = [
+    "calibration_windows",
+    "consecutive_windows",
+    "read_text",
+    "source_name",
+    "token_stream",
+    "training_windows",
+]
 
 DATA_SETS = {
     "c4": ("allenai/c4", "en", "train"),
@@ -50,11 +57,28 @@ def calibration_windows(
     if source == "self":
         return self_generated(model, tokenizer, samples, length, seed)
     stream = token_stream(read_text(source, samples * length), tokenizer)
-    if len(stream) < length + 2:
-        raise UsageError(f"{source}: {len(stream)} tokens are too few for a window of {length}")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length - 1, (samples,), generator=generator)
-    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+    return _draw_windows(stream, source, samples, length, seed)
+
+
+def training_windows(
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    held_out: int,
+) -> Tensor:
+    """As `calibration_windows`, but the last ``held_out`` windows come from another part of the text, its last eighth.
+
+    So nothing that is trained on is measured on. Windows that the model writes itself overlap in no case.
+    """
+    if source == "self":
+        return self_generated(model, tokenizer, samples, length, seed)
+    stream = token_stream(read_text(source, samples * length), tokenizer)
+    cut = len(stream) - len(stream) // 8
+    trained_on = _draw_windows(stream[:cut], source, samples - held_out, length, seed)
+    return torch.cat([trained_on, _draw_windows(stream[cut:], f"{source}, last eighth", held_out, length, seed)])
 
 
 def consecutive_windows(stream: Tensor, length: int, count: int, first: int = 0) -> Tensor:
@@ -126,6 +150,14 @@ def self_generated(
             )
             windows.append(text[:, 1:].cpu())
     return torch.cat(windows)
+
+
+def _draw_windows(stream: Tensor, source: str, samples: int, length: int, seed: int) -> Tensor:
+    if len(stream) < length + 2:
+        raise UsageError(f"{source}: {len(stream)} tokens are too few for a window of {length}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length - 1, (samples,), generator=generator)
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
 
 
 def _jsonl_text(lines: str, source: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from trim_export.artifact import Artifact
     from trim_export.recipe import Recipe
+    from trim_export.recover import Recovery
 
 # Heavy imports (torch, transformers) happen inside the commands, so that --help and usage errors are immediate.
 
@@ -52,9 +53,9 @@ def main() -> None:
     except TrimExportError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt as error:
-        _fail("interrupted; a pruning run continues with --resume", 130, error)
+        _fail("interrupted; an unfinished run continues with --resume", 130, error)
     except MemoryError as error:
-        _fail("out of memory; a pruning run continues with --resume, perhaps with fewer --samples", 3, error)
+        _fail("out of memory; an unfinished run continues with --resume, perhaps with fewer --samples", 3, error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"no space left on the disk ({error.filename}); free some, then continue with --resume", 3, error)
@@ -88,11 +89,13 @@ def prune(
     recipe: Annotated[
         str, typer.Option(help="Starting point: best, fast, or paper (TRIM as published, to the bit).")
     ] = "best",
-    score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude.")] = None,
+    score: Annotated[str | None, typer.Option(help="Importance: wanda, magnitude, ria, gblm (with gradients).")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layer budget: uniform, owl, alpha, dlp, lsa, lsa-projection, auto (by trial).")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="Row budget: trim, uniform, matrix.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Row budget: trim, uniform, matrix, lagrangian, anticipating (the update).")
+    ] = None,
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")
@@ -102,6 +105,9 @@ def prune(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of each window.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=0, help="Join short windows into sequences of up to this many tokens; 0: do not.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration draw.")] = None,
     owl_strength: Annotated[float, typer.Option(help="OWL's lambda: half the spread of densities.")] = 0.08,
     owl_threshold: Annotated[float, typer.Option(help="OWL's M: outliers are above M times the mean.")] = 5.0,
@@ -138,11 +144,58 @@ def prune(
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
+        context_length=context_length,
         seed=seed,
     )
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     result = _prune(model, plan, output, device, dtype, resume, overwrite, data)
+    _write_json(json_file, result)
+
+
+@app.command()
+def recover(
+    directory: Directory,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Artifact directory to write.")],
+    calibration: Annotated[
+        str, typer.Option(help="Text or JSONL file, c4, wikitext2, or self (the dense model's own text).")
+    ],
+    method: Annotated[
+        str, typer.Option(help="blocks (one decoder block at a time), or spp (adapters of the whole model).")
+    ] = "blocks",
+    model: Annotated[
+        str | None, typer.Option(help="The dense model, where prune cannot have it from the same place again.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows, of which an eighth is held out.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of each window.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer: for each block, or for the model.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the windows and the adapters.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory and more time, for spp.")
+    ] = False,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run of the same settings.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Text to measure perplexity on, before and after.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Train the kept weights of an artifact towards the dense model; every zero stays zero."""
+    from trim_export.recover import make_recovery
+
+    recovery = make_recovery(
+        method,
+        calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    result = _recover(directory, recovery, output, model, device, resume, overwrite, data)
     _write_json(json_file, result)
 
 
@@ -422,6 +475,72 @@ def _prune(
     out.print(facts("this run", rows))
     about = {"artifact": str(output), "sparsity": manifest["sparsity"], "bytes": manifest["bytes"]}
     return {**about, "layer_choice": choice, **measured}
+
+
+def _recover(
+    directory: Path,
+    recovery: Recovery,
+    output: Path,
+    model: str | None,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    data: Path | None,
+) -> dict[str, Any]:
+    from trim_export.artifact_writer import remove_artifact, require_room
+    from trim_export.calibration import read_text, training_windows
+    from trim_export.forward import choose_compute, choose_device
+    from trim_export.models import quiet_transformers
+    from trim_export.recover import load_teacher, open_intact
+    from trim_export.recover import recover as recover_artifact
+    from trim_export.report import facts, megabytes, recovery_table, summary_table
+    from trim_export.runtimes import load
+    from trim_export.training import held_out_windows
+
+    quiet_transformers()
+    begin = time.perf_counter()
+    artifact = open_intact(directory, output)
+    require_room(output, resume, overwrite)
+    choose_device(device)
+    if recovery.calibration != "self":
+        read_text(recovery.calibration, recovery.samples * recovery.sequence_length)
+    text = None if data is None else read_text(str(data), 8 * 1024)
+    dense = load_teacher(artifact, model)
+    tokens = training_windows(
+        recovery.calibration,
+        dense.model,
+        dense.tokenizer,
+        recovery.samples,
+        recovery.sequence_length,
+        recovery.seed,
+        held_out_windows(recovery.samples),
+    )
+    calibrated = time.perf_counter()
+    if overwrite:
+        remove_artifact(output)
+    compute = choose_compute(device, dense.model.dtype)
+    recovered = recover_artifact(artifact, dense, recovery, tokens, output, compute, resume, _track)
+    finished = time.perf_counter()
+    manifest = recovered.manifest
+    out.print(recovery_table(manifest))
+    out.print(summary_table(manifest))
+    measured: dict[str, Any] = {
+        "seconds": finished - begin,
+        "recover_seconds": finished - calibrated,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    rows = [
+        ("time", f"{measured['seconds']:.1f} s"),
+        ("of it after loading and calibration text", f"{measured['recover_seconds']:.1f} s"),
+        ("peak memory of this process", megabytes(measured["peak_memory_bytes"])),
+    ]
+    if text is not None:
+        for when, path in (("before", directory), ("after", output)):
+            score = _perplexity(load(path, "dense"), dense.tokenizer, text, 1024, 8, 0)
+            measured[f"perplexity_{when}"] = score
+            rows.append((f"perplexity {when}, first 8 x 1024 tokens of --data", f"{score['value']:.2f}"))
+    out.print(facts("this run", rows))
+    return {"artifact": str(output), "sparsity": manifest["sparsity"], "recovery": manifest["recovery"], **measured}
 
 
 def _perplexity(

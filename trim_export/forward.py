@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,15 @@ class BlockCall:
     Attributes:
         args, kwargs: what it gets besides the hidden states (positions, masks).
         gives_tuple: whether it returns the hidden states inside a tuple.
+        joined: calibration windows that make up one sequence.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     gives_tuple: bool
+    joined: int = 1
 
-    def run(self, block: nn.Module, batch: Tensor, compute: Compute) -> Tensor:
+    def run(self, block: Callable[..., Any], batch: Tensor, compute: Compute) -> Tensor:
         """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
         with compute.context():
             output = block(
@@ -108,8 +110,10 @@ def cpu_capabilities() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> Tensor:
-    """Hidden states that enter the first block, ``[windows, tokens, features]``, in the host's memory."""
+def embed(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """Hidden states that enter the first block, ``[sequences, tokens, features]``, in the host's memory."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -120,7 +124,7 @@ def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -
     try:
         for batch in tokens.split(batch_windows(tokens.shape[1])):
             try:
-                model.base_model(batch, use_cache=False)
+                model.base_model(batch, **_given(positions), use_cache=False)
             except StopForward:
                 continue
     finally:
@@ -129,21 +133,29 @@ def embed(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -
 
 
 @torch.no_grad()
-def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], window: Tensor) -> list[BlockCall]:
-    """Record how each block is called, from one dense pass of one window ``[1, tokens]``.
+def block_calls(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    sequence: Tensor,
+    positions: Tensor | None = None,
+    joined: int = 1,
+) -> list[BlockCall]:
+    """Record how each block is called, from one dense pass of one sequence ``[1, tokens]``.
+
+    Where ``positions`` ``[1, tokens]`` are given they begin anew with each text; the sequence holds ``joined`` windows.
 
     Calls differ between blocks (Gemma 3 alternates masks and rotary tables), and their tensors have a batch
-    dimension of one, which broadcasts over any batch of full windows.
+    dimension of one, which broadcasts over any batch of sequences of this length.
     """
     calls: list[BlockCall] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(BlockCall(args[1:], rest, isinstance(output, tuple)))
+        calls.append(BlockCall(args[1:], rest, isinstance(output, tuple), joined))
 
     handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     try:
-        model.base_model(window, use_cache=False)
+        model.base_model(sequence, **_given(positions), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -197,6 +209,11 @@ def _blocks_giving(states: Tensor, blocks: Sequence[nn.Module], calls: Sequence[
     finally:
         for block in blocks:
             del block.forward
+
+
+def _given(positions: Tensor | None) -> dict[str, Tensor]:
+    """As an argument only where there is something to say: some models number their tokens themselves."""
+    return {} if positions is None else {"position_ids": positions}
 
 
 def batch_windows(length: int) -> int:

@@ -22,7 +22,8 @@ from trim_export.auto_budget import choose_budget
 from trim_export.calibration import source_name
 from trim_export.errors import ModelError
 from trim_export.forward import Compute, block_calls, embed, finish_forward
-from trim_export.layer_budgets import Auto, split_windows
+from trim_export.gradients import gradient_norms
+from trim_export.layer_budgets import Auto, split_sequences
 from trim_export.models import (
     DenseModel,
     decoder_blocks,
@@ -32,9 +33,11 @@ from trim_export.models import (
     unprunable_matrices,
     weight_bytes,
 )
+from trim_export.packing import pack_windows, read_apart, unpacked
 from trim_export.progress import Track, silently
 from trim_export.prune_block import prune_matrix, require_finite_weight
 from trim_export.recipe import Recipe
+from trim_export.scores import SCORES
 from trim_export.statistics import input_statistics
 from trim_export.storage import sha256_bytes
 from trim_export.sweep import sweep_blocks
@@ -70,19 +73,28 @@ def prune(
     if not any(projections(block) for block in blocks.values()):
         others = unprunable_matrices(next(iter(blocks.values())))
         raise ModelError(f"{dense.source}: nothing to prune; its blocks have no nn.Linear, but {', '.join(others)}")
+    packed = pack_windows(tokens, recipe.context_length, dense.model)
     if isinstance(recipe.layers, Auto):
-        split_windows(len(tokens))
+        split_sequences(len(packed.tokens))
     run = describe_run(dense, recipe, tokens, compute)
     journal = open_journal(out, run, len(blocks), resume)
     if isinstance(journal, Artifact):
         return journal
     modules = list(blocks.values())
-    calls = block_calls(dense.model, modules, tokens[:1])
-    hidden = embed(dense.model, modules, tokens)
+    calls = block_calls(dense.model, modules, packed.tokens[:1], packed.positions, packed.joined)
+    if packed.positions is not None and not read_apart(calls, packed.positions):
+        packed = unpacked(tokens)
+        calls = block_calls(dense.model, modules, packed.tokens[:1])
+    hidden = embed(dense.model, modules, packed.tokens, packed.positions)
+    gradients: dict[str, dict[str, Tensor]] = {}
+    if SCORES[recipe.score].needs_gradients and len(journal.shards) < len(blocks):
+        gradients = gradient_norms(dense.model, blocks, tokens, compute, track)
     if journal.sparsities is None:
         budget, choice = recipe.layers, None
         if isinstance(budget, Auto):
-            budget, choice = choose_budget(budget, dense.model, recipe, blocks, calls, tokens, hidden, compute, track)
+            budget, choice = choose_budget(
+                budget, dense.model, recipe, blocks, calls, packed.tokens, hidden, gradients, compute, track
+            )
         sparsities = layer_sparsities(budget, recipe, blocks, calls, hidden, compute, track)
         journal = journal.with_sparsities(sparsities, choice)
     assert journal.sparsities is not None
@@ -91,7 +103,9 @@ def prune(
         for name, shard in zip(blocks, map(block_shard, range(len(blocks))), strict=True)
         if shard in journal.shards
     }
-    for swept in sweep_blocks(blocks, calls, hidden, journal.sparsities, recipe, compute, track, finished=finished):
+    for swept in sweep_blocks(
+        blocks, calls, hidden, journal.sparsities, gradients, recipe, compute, track, finished=finished
+    ):
         if swept.pruned is not None:
             journal = write_unit(journal, block_shard(swept.index), swept.name, swept.block, *swept.pruned)
         hidden = swept.hidden
@@ -100,7 +114,9 @@ def prune(
         name, head = output_head(dense.model)
         require_finite_weight(head, name)
         units[name] = head
-        inputs = input_statistics(finish_forward(dense.model, modules, calls, tokens, hidden), name)
+        inputs = input_statistics(
+            finish_forward(dense.model, modules, calls, packed.tokens, hidden), name, packed.joined
+        )
         matrix, report = prune_matrix(head.weight.data, inputs, recipe.sparsity, recipe)
         head.weight.data = matrix.to_dense()
         journal = write_unit(journal, HEAD, name, head, {"": matrix}, {"": report})

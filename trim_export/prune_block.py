@@ -7,7 +7,6 @@ is fitted to the inputs that the already pruned layers before it produce, toward
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.curves import curves
 from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, run_block
 from trim_export.models import projections
 from trim_export.recipe import Recipe
-from trim_export.row_budgets import ROW_BUDGETS, keep_mask, uniform
+from trim_export.row_budgets import ROW_BUDGETS, LayerView, keep_best, uniform
 from trim_export.scores import SCORES
 from trim_export.statistics import InputStatistics, collect_inputs, require_all_seen
 from trim_export.streams import observe_dense, observe_pruned
 from trim_export.updates import UPDATES, LayerProblem, Support
 
-__all__ = ["PrunedBlock", "mask_block", "prune_matrix", "require_finite_weight", "update_block"]
+__all__ = ["PrunedBlock", "mask_block", "output_cosine", "prune_matrix", "require_finite_weight", "update_block"]
 
 HISTOGRAM_BINS = 20
 
@@ -39,10 +37,11 @@ def mask_block(
     block: nn.Module,
     call: BlockCall,
     hidden: Tensor,
+    gradients: Mapping[str, Tensor],
     sparsities: Mapping[str, float],
     recipe: Recipe,
     compute: Compute,
-) -> PrunedBlock:
+) -> tuple[PrunedBlock, Tensor]:
     """Score and mask every layer of a block on the inputs it has while the whole block is dense.
 
     Args:
@@ -50,17 +49,23 @@ def mask_block(
         block: its layers' weights are replaced.
         call: how the block is called.
         hidden: what the pruned model feeds it, ``[windows, tokens, features]``.
+        gradients: of its layers (`trim_export.gradients`); empty if the score needs none.
         sparsities: of each matrix in it, by the layer's name inside the block.
         recipe: scores and row budgets.
         compute: where the forward runs.
+
+    Returns:
+        The pruned block, and its output.
     """
     linears = _finite_projections(name, block)
-    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name)
+    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name, joined=call.joined)
     pruned, reports = {}, {}
     for path, linear in linears.items():
-        pruned[path], reports[path] = prune_matrix(linear.weight.data, inputs[path], sparsities[path], recipe)
+        pruned[path], reports[path] = prune_matrix(
+            linear.weight.data, inputs[path], sparsities[path], recipe, gradients.get(path)
+        )
         linear.weight.data = pruned[path].to_dense()
-    return pruned, reports
+    return (pruned, reports), run_block(block, call, hidden, compute)
 
 
 def update_block(
@@ -69,46 +74,49 @@ def update_block(
     call: BlockCall,
     hidden: Tensor,
     dense_hidden: Tensor,
+    gradients: Mapping[str, Tensor],
     sparsities: Mapping[str, float],
     recipe: Recipe,
     compute: Compute,
-) -> tuple[PrunedBlock, Tensor]:
+) -> tuple[PrunedBlock, Tensor, Tensor]:
     """Prune a block layer by layer and fit the kept weights to the dense model's outputs.
 
     The target of each layer is what the dense layer gives for the dense model's inputs; for layers that write into the
     residual stream it also makes up for what the pruned stream has lost so far.
 
     Args:
-        name, block, call, hidden, sparsities, recipe, compute: as for `mask_block`.
+        name, block, call, hidden, gradients, sparsities, recipe, compute: as for `mask_block`.
         dense_hidden: what the dense model feeds the block.
 
     Returns:
-        The pruned block, and the dense block's output.
+        The pruned block, its output, and the dense block's output.
     """
     linears = _finite_projections(name, block)
     dense = observe_dense(block, linears, call, dense_hidden, compute)
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
+    known: dict[str, list[Tensor]] = {}
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name)
+        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, known)
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()
-            mask, choice = _choose_mask(exact, seen.inputs, sparsities[path], recipe)
-            target = exact @ seen.cross
-            if seen.residual is not None:
-                target += seen.residual
-            problem = LayerProblem(exact, seen.gram, target)
+            problem = LayerProblem(exact, seen.gram, seen.targets(exact))
+            mask, choice = _choose_mask(exact, seen.inputs, gradients.get(path), problem, sparsities[path], recipe)
             update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)
             reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
             linears[path].weight.data = pruned[path].to_dense()
     require_all_seen(linears, pruned, name)
-    return (pruned, reports), dense.output
+    if seen.pending is not None:
+        output = seen.pending.finish(linears[dense.groups[-1][0]], compute)
+    else:
+        output = run_block(block, call, hidden, compute)
+    return (pruned, reports), output, dense.output
 
 
 def prune_matrix(
-    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe, gradient: Tensor | None = None
 ) -> tuple[SparseMatrix, dict[str, Any]]:
     """Score, allocate and mask one matrix ``[rows, columns]``.
 
@@ -116,7 +124,7 @@ def prune_matrix(
         The kept weights in the dtype of ``weight``, and the matrix's entry in the manifest.
     """
     exact = weight.float()
-    mask, choice = _choose_mask(exact, inputs, sparsity, recipe)
+    mask, choice = _choose_mask(exact, inputs, gradient, None, sparsity, recipe)
     return SparseMatrix.from_dense(weight, mask), _report(exact, exact * mask, mask, inputs) | choice
 
 
@@ -127,18 +135,22 @@ def require_finite_weight(linear: nn.Linear, name: str) -> None:
 
 
 def _choose_mask(
-    weight: Tensor, inputs: InputStatistics, sparsity: float, recipe: Recipe
+    weight: Tensor,
+    inputs: InputStatistics,
+    gradient: Tensor | None,
+    problem: LayerProblem | None,
+    sparsity: float,
+    recipe: Recipe,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The mask that score and row budget choose, and what there is to say about the choice."""
-    score = SCORES[recipe.score](weight, inputs)
-    order = score.argsort(dim=1, stable=True)
-    layer_curves = functools.partial(curves, weight, order, inputs.last_tokens)
-    plan = ROW_BUDGETS[recipe.rows](score, layer_curves, sparsity, recipe.policy)
-    even = keep_mask(order, uniform(score, layer_curves, sparsity, recipe.policy).pruned)
-    return keep_mask(order, plan.pruned), {
+    score = SCORES[recipe.score].formula(weight, inputs, gradient)
+    layer = LayerView(weight, score, inputs.last_tokens, problem)
+    plan = ROW_BUDGETS[recipe.rows].allocate(layer, sparsity, recipe.policy)
+    even = keep_best(score, uniform(layer, sparsity, recipe.policy).pruned)
+    return keep_best(score, plan.pruned), {
         "target_sparsity": sparsity,
         "learning_rate": plan.learning_rate,
-        "cosine_uniform": _output_cosine(weight, weight * even, inputs.last_tokens),
+        "cosine_uniform": output_cosine(weight, weight * even, inputs.last_tokens),
     }
 
 
@@ -155,7 +167,7 @@ def _report(weight: Tensor, sparse: Tensor, mask: Tensor, inputs: InputStatistic
             "max": float(sparsities.max()),
             "histogram": torch.histc(sparsities, HISTOGRAM_BINS, min=0, max=1).long().tolist(),
         },
-        "cosine": _output_cosine(weight, sparse, inputs.last_tokens),
+        "cosine": output_cosine(weight, sparse, inputs.last_tokens),
     }
 
 
@@ -166,7 +178,7 @@ def _finite_projections(name: str, block: nn.Module) -> Mapping[str, nn.Linear]:
     return linears
 
 
-def _output_cosine(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
+def output_cosine(weight: Tensor, sparse: Tensor, inputs: Tensor) -> float:
     """Cosine between the dense and the pruned outputs of a whole layer."""
     dense, pruned = (weight @ inputs).flatten().double(), (sparse @ inputs).flatten().double()
     return float(torch.nn.functional.cosine_similarity(dense, pruned, dim=0))

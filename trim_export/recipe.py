@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trim_export.errors import UsageError, choose
-from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Uniform, split_windows
+from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Uniform, split_sequences
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
 from trim_export.storage import canonical_json, sha256_bytes
@@ -34,6 +34,7 @@ class Recipe:
         calibration: text file, data set or ``self``.
         samples: calibration windows.
         sequence_length: tokens of each window.
+        context_length: calibration windows are joined into sequences of up to this many tokens; 0 joins none.
         seed: of the calibration draw.
     """
 
@@ -47,6 +48,7 @@ class Recipe:
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 128
+    context_length: int = 1024
     seed: int = 0
 
     @property
@@ -63,7 +65,7 @@ class Recipe:
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "fast": {"update": "refit"},
-    "paper": {"rows": "trim", "update": "none", "counts": "paper"},
+    "paper": {"rows": "trim", "update": "none", "counts": "paper", "context_length": 0},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""
 
@@ -78,12 +80,12 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     recipe = replace(Recipe(sparsity), **values)
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity {sparsity} is outside [0, 1)")
-    choose("score", recipe.score, SCORES)
+    score = choose("score", recipe.score, SCORES)
     choose("layer budget", recipe.layers.name, LAYER_BUDGETS)
-    choose("row budget", recipe.rows, ROW_BUDGETS)
+    rows = choose("row budget", recipe.rows, ROW_BUDGETS)
     choose("counts", recipe.counts, POLICIES)
     choose("weight update", recipe.update, UPDATES)
-    if recipe.rows == "trim" and sparsity > ROW_CAP:
+    if rows.capped and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
     if not isinstance(recipe.layers, Uniform) and sparsity > ROW_CAP:
         raise UsageError(
@@ -93,7 +95,14 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
         if getattr(recipe, setting) < 1:
             raise UsageError(f"{setting.replace('_', ' ')} must be at least 1")
     if isinstance(recipe.layers, Auto):
-        split_windows(recipe.samples)
+        split_sequences(recipe.samples)
+    if rows.needs_problem and recipe.update == "none":
+        raise UsageError(f"rows {recipe.rows} needs a weight update; give one with --update, or other --rows")
+    if recipe.head and (rows.needs_problem or score.needs_gradients):
+        what = f"rows {recipe.rows}" if rows.needs_problem else f"score {recipe.score}"
+        raise UsageError(f"{what} is for decoder blocks only; leave out --head, or choose another")
+    if score.needs_gradients and recipe.sequence_length < 2:
+        raise UsageError(f"score {recipe.score} needs windows of at least 2 tokens: a single one predicts nothing")
     return recipe
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "megabytes",
     "model_card",
     "module_table",
+    "recovery_table",
     "summary_table",
     "table",
 ]
@@ -63,6 +64,7 @@ def summary_table(manifest: dict[str, Any]) -> Table:
         [
             ("source model", f"{manifest['source']['model']} ({manifest['source']['dtype']})"),
             ("method", _method(manifest)),
+            *([("recovery", _recovery(manifest["recovery"]))] if "recovery" in manifest else []),
             ("sparsity", f"{sparsity['achieved']:.5f} (target {sparsity['target']:g})"),
             ("pruned matrices", len(manifest["modules"])),
             ("weight files", f"{megabytes(sizes['artifact'])} of {megabytes(sizes['dense'])} dense"),
@@ -101,8 +103,8 @@ def choice_sentence(choice: dict[str, Any]) -> str:
     chosen, uniform = choice["chosen"], choice["candidates"][0]
     best = next(result for result in choice["candidates"] if result["budget"] == chosen)
     against = "" if best is uniform else f" against uniform {_nats(uniform['kl'])}"
-    windows = f"{choice['held_out_windows']} held-out windows"
-    return f"layer budget: {chosen['name']}, KL {_nats(best['kl'])}{against} on {windows}"
+    sequences = f"{choice['held_out_sequences']} held-out sequences"
+    return f"layer budget: {chosen['name']}, KL {_nats(best['kl'])}{against} on {sequences}"
 
 
 def choice_table(choice: dict[str, Any]) -> Table:
@@ -177,7 +179,8 @@ tags: [sparse, pruned, trim-export]
 
 # {manifest["source"]["model"]}, {sparsity["achieved"]:.1%} sparse
 
-Pruned with trim-export {manifest["tool_version"]}: {_method(manifest)}.
+Pruned with trim-export {manifest["tool_version"]}: {_method(manifest)}.\
+{f" Then recovered: {_recovery(manifest['recovery'])}." if "recovery" in manifest else ""}
 {"Kept weights were updated." if manifest["weights_updated"] else "Kept weights are those of the dense model."}
 
 | | |
@@ -207,6 +210,30 @@ def _method(manifest: dict[str, Any]) -> str:
     budgets = f"{recipe['rows']} row budgets, {layers} block budgets, {recipe['counts']} counts"
     text = f"{recipe['samples']} x {recipe['sequence_length']} tokens of {recipe['calibration']}, seed {recipe['seed']}"
     return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
+
+
+def recovery_table(manifest: dict[str, Any]) -> Table:
+    """One line for each thing that was trained: the loss on the held-out windows, and the step that did best."""
+    recovery = manifest["recovery"]
+    return table(
+        f"recovered ({recovery['measure']}, on the held-out windows)",
+        ("trained", "before", "after", "best step"),
+        [
+            (name.removesuffix(".safetensors"), f"{loss['before']:.5f}", f"{loss['after']:.5f}", loss["step"])
+            for name, loss in sorted(recovery["losses"].items())
+        ],
+    )
+
+
+def _recovery(recovery: dict[str, Any]) -> str:
+    before, after = (
+        statistics.mean(loss[when] for loss in recovery["losses"].values()) for when in ("before", "after")
+    )
+    text = f"{recovery['samples']} x {recovery['sequence_length']} tokens of {recovery['calibration']}"
+    return (
+        f"{recovery['method']}, {recovery['steps']} steps at {recovery['learning_rate']:g} on {text}, "
+        f"seed {recovery['seed']}; {recovery['measure']} {before:.4f} -> {after:.4f}"
+    )
 
 
 def achieved(entries: Iterable[dict[str, Any]]) -> float:

@@ -64,10 +64,13 @@ def require_all_seen(linears: Iterable[str], seen: Container[str], block_name: s
         raise ModelError(f"{block_name}: {silent[0]} saw no calibration input, so it cannot be scored")
 
 
-def input_statistics(inputs: Tensor, name: str) -> InputStatistics:
-    """Statistics of inputs that are at hand, ``[windows, tokens, columns]``; ``name`` is the layer that reads them."""
+def input_statistics(inputs: Tensor, name: str, joined: int = 1) -> InputStatistics:
+    """Statistics of inputs that are at hand, ``[sequences, tokens, columns]``; ``name`` is the layer that reads them.
+
+    A sequence holds ``joined`` windows.
+    """
     accumulator = _Accumulator(inputs.shape[-1], inputs.device)
-    accumulator.add(inputs, len(inputs))
+    accumulator.add(inputs, len(inputs) * joined)
     return accumulator.finish(name)
 
 
@@ -77,11 +80,12 @@ def collect_inputs(
     run: Callable[[], object],
     block_name: str,
     grams: bool = False,
+    joined: int = 1,
 ) -> dict[str, InputStatistics]:
-    """Gather the input statistics of ``linears`` while ``run`` sends the calibration windows through ``block``.
+    """Gather the input statistics of ``linears`` while ``run`` sends calibration sequences through ``block``.
 
     Layers that read the same tensor (q, k, v; gate, up) share one accumulation. With ``grams`` that includes the Gram
-    matrices.
+    matrices. A sequence holds ``joined`` windows.
 
     Raises:
         ModelError: naming the layer whose inputs are not finite, or that never ran.
@@ -92,7 +96,7 @@ def collect_inputs(
 
     def block_starts(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal windows, latest
-        windows, latest = len(args[0] if args else kwargs["hidden_states"]), None
+        windows, latest = len(args[0] if args else kwargs["hidden_states"]) * joined, None
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def linear_starts(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,12 +1,12 @@
 """Two streams through one block: the dense model's activations beside the pruned model's.
 
-A weight update wants to know, for the layers that read one input, what the pruned model feeds them (the Gram matrix),
-what the dense model feeds them (the cross-Gram), and, for the layers that write into the residual stream, how far the
-two streams are apart there, so that the update can repair the difference. Layers are visited in the order in which the
-block calls them, those that share an input together: q, k, v; o; gate, up; down.
+A weight update wants to know, for the layers that read one input, what the pruned model feeds them (the Gram matrix)
+and what they should give (the target): what the dense model gives there; for the layers that write into the residual
+stream, what leaves the two streams equal, so that the update also makes up for what was lost before. Layers are visited
+in the order in which the block calls them, those that share an input together: q, k, v; o; gate, up; down.
 
 Of the dense stream, one block's layer inputs are held at a time (tokens x their widths, in the host's memory); the
-pruned stream is summed up batch by batch.
+pruned stream is summed up batch by batch, and of its last layer what the block's output takes is held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from trim_export.forward import BlockCall, Compute, StopForward, batch_windows
 from trim_export.statistics import InputStatistics, require_finite_inputs
 
-__all__ = ["DenseStream", "GroupStatistics", "observe_dense", "observe_pruned"]
+__all__ = ["DenseStream", "GroupStatistics", "Pending", "observe_dense", "observe_pruned"]
+
+SMALLEST_TILE = 256
+"""Columns below which a Gram matrix is computed whole: its symmetry saves nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,18 @@ class DenseStream:
     Attributes:
         groups: layers that share an input, in the order of their calls.
         writers: layers whose outputs are added to the residual stream, in that order.
-        inputs: first layer of each group -> its inputs, ``[tokens, columns]`` for each batch.
-        residuals: writer -> the residual stream just before its output is added, ``[tokens, features]`` a batch.
+        inputs: first layer of each group that does not write -> its inputs, ``[tokens, columns]`` for each batch.
+        sums: writer -> the residual stream just after its output was added, ``[tokens, features]`` for each batch.
         output: what the block gives, ``[windows, tokens, features]``.
+        ends_with_writer: whether the output is the last layer's output added to the residual stream, bit for bit.
     """
 
     groups: list[list[str]]
     writers: list[str]
     inputs: dict[str, list[Tensor]]
-    residuals: dict[str, list[Tensor]]
+    sums: dict[str, list[Tensor]]
     output: Tensor
+    ends_with_writer: bool
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,48 @@ class GroupStatistics:
 
     Attributes:
         gram: ``[columns, columns]``, the sum of x x^T over the pruned model's inputs.
-        cross: ``[columns, columns]``, the sum of x_dense x^T.
-        residual: ``[features, columns]``, the sum of (r_dense - r) x^T with r the residual stream just before this
-            layer's output is added; None for layers that do not write into it.
+        cross: ``[columns, columns]``, the sum of x_dense x^T; None for a layer that writes into the residual stream.
+        target: ``[features, columns]``, for a writer the sum of (s_dense - r - b) x^T, with s_dense the dense residual
+            stream after the layer's output is added, r the pruned one before, and b the layer's bias; else None.
         inputs: what scores and row budgets use, of the pruned model's inputs.
+        pending: what the block's output still lacks, after the last group of a block that ends with a writer.
     """
 
     gram: Tensor
-    cross: Tensor
-    residual: Tensor | None
+    cross: Tensor | None
+    target: Tensor | None
     inputs: InputStatistics
+    pending: Pending | None
+
+    def targets(self, weight: Tensor) -> Tensor:
+        """The sum of y x^T ``[rows, columns]``, y being what the layer should give; ``weight`` is its dense one."""
+        if self.target is not None:
+            return self.target
+        assert self.cross is not None
+        return weight @ self.cross
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A block's output without its last layer's share.
+
+    Attributes:
+        residuals: the residual stream before the last layer's output is added, ``[windows, tokens, features]`` a batch.
+        inputs: of the last layer, as the block calls it, a batch each.
+    """
+
+    residuals: list[Tensor]
+    inputs: list[Tensor]
+
+    @torch.no_grad()
+    def finish(self, last: nn.Linear, compute: Compute) -> Tensor:
+        """The block's output with the last layer as it is now; the very bits that running the block would give."""
+        outputs = []
+        for residual, inputs in zip(self.residuals, self.inputs, strict=True):
+            with compute.context():
+                added = last(inputs.to(compute.device)).view_as(residual)
+                outputs.append((residual.to(compute.device) + added).to(residual))
+        return torch.cat(outputs)
 
 
 @dataclass(frozen=True)
@@ -79,21 +116,26 @@ def observe_dense(
     groups: list[list[str]] = []
     writers: list[str] = []
     inputs: dict[str, list[Tensor]] = {}
-    residuals: dict[str, list[Tensor]] = {}
+    sums: dict[str, list[Tensor]] = {}
     outputs: list[Tensor] = []
+    ends_with_writer = False
     for batch in hidden.split(batch_windows(hidden.shape[1])):
-        seen = _watch(block, linears, call, batch, compute)
+        seen = _watch(block, linears, call, batch, compute, replay={})
         assert seen.output is not None
         if not outputs:
             groups = _group(seen)
             writers = _find_writers(groups, seen, batch.to(compute.device))
+            ends_with_writer = writers[-1:] == groups[-1] and torch.equal(
+                _residual_after(writers[-1], writers, seen, batch.to(compute.device)), seen.output
+            )
         for leader, *_ in groups:
-            inputs.setdefault(leader, []).append(_flat(seen.inputs[leader]).to(hidden.device))
+            if leader not in writers:
+                inputs.setdefault(leader, []).append(_flat(seen.inputs[leader]).to(hidden.device))
         for writer in writers:
-            before = _residual_before(writer, writers, seen, batch.to(compute.device))
-            residuals.setdefault(writer, []).append(before.to(hidden.device))
+            after = _residual_after(writer, writers, seen, batch.to(compute.device))
+            sums.setdefault(writer, []).append(_flat(after).to(hidden.device))
         outputs.append(seen.output.to(hidden.device, hidden.dtype))
-    return DenseStream(groups, writers, inputs, residuals, torch.cat(outputs))
+    return DenseStream(groups, writers, inputs, sums, torch.cat(outputs), ends_with_writer)
 
 
 @torch.no_grad()
@@ -106,32 +148,65 @@ def observe_pruned(
     hidden: Tensor,
     compute: Compute,
     name: str,
+    known: dict[str, list[Tensor]],
 ) -> GroupStatistics:
     """Send the pruned stream through a block whose earlier layers are pruned, up to one group of layers.
+
+    Args:
+        block, linears, group, dense, call, hidden, compute: which group of what.
+        name: of the block, for messages.
+        known: layer -> its outputs, a batch each, from passes before this one. They are not computed again, and what
+            is computed now is added for the next group.
 
     Raises:
         ModelError: naming block and layer, if the inputs are not finite.
     """
     leader = group[0]
     columns, features = linears[leader].in_features, hidden.shape[-1]
-    gram = torch.zeros(columns, columns, device=compute.device)
-    cross = torch.zeros_like(gram)
     writes = leader in dense.writers
-    residual = torch.zeros(features, columns, device=compute.device) if writes else None
+    gram = torch.zeros(columns, columns, device=compute.device)
+    wanted = torch.zeros(features if writes else columns, columns, device=compute.device)
+    pending = Pending([], []) if dense.ends_with_writer and group == dense.groups[-1] else None
     last_tokens = []
     for number, batch in enumerate(hidden.split(batch_windows(hidden.shape[1]))):
-        seen = _watch(block, linears, call, batch, compute, stop_before=leader)
+        replay = {path: outputs[number].to(compute.device) for path, outputs in known.items() if len(outputs) > number}
+        seen = _watch(block, linears, call, batch, compute, replay, stop_before=leader)
+        if group != dense.groups[-1]:
+            for path in seen.outputs.keys() - replay.keys():
+                known.setdefault(path, []).append(seen.outputs[path].to(hidden.device))
         inputs = _flat(seen.inputs[leader]).float()
-        gram.addmm_(inputs.T, inputs)
-        cross.addmm_(dense.inputs[leader][number].to(compute.device).float().T, inputs)
-        if residual is not None:
+        _add_gram(gram, inputs)
+        if writes:
             before = _residual_before(leader, dense.writers, seen, batch.to(compute.device))
-            apart = dense.residuals[leader][number].to(compute.device).float() - before.float()
-            residual.addmm_(apart.T, inputs)
-        last_tokens.append(inputs.reshape(len(batch), -1, columns)[:, -1].clone())
+            apart = dense.sums[leader][number].to(compute.device).float() - _flat(before).float()
+            if linears[leader].bias is not None:
+                apart -= linears[leader].bias.float()  # the pruned layer adds it again
+            wanted.addmm_(apart.T, inputs)
+            if pending is not None:
+                pending.residuals.append(before.to(hidden.device))
+                pending.inputs.append(seen.inputs[leader].to(hidden.device))
+        else:
+            wanted.addmm_(dense.inputs[leader][number].to(compute.device).float().T, inputs)
+        last_tokens.append(inputs.reshape(len(batch) * call.joined, -1, columns)[:, -1].clone())
+    gram = gram.tril() + gram.tril(-1).T
     require_finite_inputs(gram, f"{name}.{leader}")
-    last = torch.cat(last_tokens).T.contiguous()
-    return GroupStatistics(gram, cross, residual, InputStatistics(gram.diagonal() / len(hidden), last))
+    last = torch.cat(last_tokens)
+    statistics = InputStatistics(gram.diagonal() / len(last), last.T.contiguous())
+    cross, target = (None, wanted) if writes else (wanted, None)
+    return GroupStatistics(gram, cross, target, statistics, pending)
+
+
+def _add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add ``inputs^T inputs`` to the lower triangle of a Gram matrix; what is above it is left undefined."""
+    columns = len(gram)
+    if columns <= SMALLEST_TILE:
+        gram.addmm_(inputs.T, inputs)
+        return
+    half = columns // 2
+    left, right = inputs[:, :half], inputs[:, half:]
+    _add_gram(gram[:half, :half], left)
+    _add_gram(gram[half:, half:], right)
+    gram[half:, :half].addmm_(right.T, left)
 
 
 def _watch(
@@ -140,9 +215,13 @@ def _watch(
     call: BlockCall,
     batch: Tensor,
     compute: Compute,
+    replay: Mapping[str, Tensor],
     stop_before: str | None = None,
 ) -> _Seen:
-    """Run one batch and note what every layer reads and gives, at most until one layer is about to run."""
+    """Run one batch and note what every layer reads and gives, at most until one layer is about to run.
+
+    Layers in ``replay`` give what stands there.
+    """
     order: list[str] = []
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -164,6 +243,8 @@ def _watch(
 
     handles = [linear.register_forward_pre_hook(before(path)) for path, linear in linears.items()]
     handles += [linear.register_forward_hook(after(path)) for path, linear in linears.items()]
+    for path, known in replay.items():
+        linears[path].forward = lambda _, known=known: known  # type: ignore[method-assign]  # until it is deleted again
     result: Tensor | None = None
     try:
         result = call.run(block, batch, compute)
@@ -172,6 +253,8 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
+        for path in replay:
+            del linears[path].forward
     return _Seen(order, inputs, outputs, result)
 
 
@@ -202,9 +285,14 @@ def _find_writers(groups: list[list[str]], seen: _Seen, batch: Tensor) -> list[s
 
 
 def _residual_before(writer: str, writers: list[str], seen: _Seen, batch: Tensor) -> Tensor:
-    """The residual stream, ``[tokens, features]``, just before ``writer`` adds to it."""
-    earlier = [_flat(seen.outputs[path]).to(batch.dtype) for path in writers[: writers.index(writer)]]
-    return sum(earlier, _flat(batch))
+    """The residual stream just before ``writer`` adds to it, shaped like the batch; added up in the block's order."""
+    earlier = [seen.outputs[path].view_as(batch).to(batch.dtype) for path in writers[: writers.index(writer)]]
+    return sum(earlier, batch)
+
+
+def _residual_after(writer: str, writers: list[str], seen: _Seen, batch: Tensor) -> Tensor:
+    """The residual stream just after ``writer`` added to it."""
+    return _residual_before(writer, writers, seen, batch) + seen.outputs[writer].view_as(batch)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def sweep_blocks(
     calls: Sequence[BlockCall],
     hidden: Tensor,
     sparsities: Sequence[Mapping[str, float]],
+    gradients: Mapping[str, Mapping[str, Tensor]],
     recipe: Recipe,
     compute: Compute,
     track: Track[Any],
@@ -58,6 +59,7 @@ def sweep_blocks(
         calls: how each is called.
         hidden: what enters the first, ``[windows, tokens, features]``.
         sparsities: of each block's matrices, by the layers' names inside the block.
+        gradients: block -> those of its layers (`trim_export.gradients`); empty if the score needs none.
         recipe: everything else.
         compute: where the forward runs.
         track, description: show progress.
@@ -68,18 +70,18 @@ def sweep_blocks(
     pruned: PrunedBlock | None
     for index, (name, block) in enumerate(track(list(blocks.items()), description)):
         block.to(compute.device)
-        call = calls[index]
+        call, sparsity = calls[index], sparsities[index]
+        norms = {path: norm.to(compute.device) for path, norm in gradients.get(name, {}).items()}
         if finished and name in finished:
             if updates:
                 dense_hidden = run_block(block, call, dense_hidden, compute)
             finished[name](block)
-            pruned = None
+            pruned, hidden = None, run_block(block, call, hidden, compute)
         elif updates:
-            pruned, dense_hidden = update_block(
-                name, block, call, hidden, dense_hidden, sparsities[index], recipe, compute
+            pruned, hidden, dense_hidden = update_block(
+                name, block, call, hidden, dense_hidden, norms, sparsity, recipe, compute
             )
         else:
-            pruned = mask_block(name, block, call, hidden, sparsities[index], recipe, compute)
-        hidden = run_block(block, call, hidden, compute)
+            pruned, hidden = mask_block(name, block, call, hidden, norms, sparsity, recipe, compute)
         yield SweptBlock(index, name, block, call, pruned, hidden)
         block.to("cpu")

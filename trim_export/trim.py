@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trim_export.curves import Curves
 
-__all__ = ["EXACT", "PAPER", "ROW_CAP", "Policy", "TrimSearch", "exact_counts", "quality_of", "trim_search"]
+__all__ = ["EXACT", "PAPER", "ROW_CAP", "Policy", "TrimSearch", "exact_counts", "quality_of", "row_cap", "trim_search"]
 
 LEARNING_RATES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
 NEGATIVE_RATES = (-0.01, -0.02, -0.04)
@@ -160,15 +160,18 @@ def project_to_box(sparsity: Tensor, target: float) -> Tensor:
     return (values + shift).clamp(0, ROW_CAP).to(sparsity.dtype)
 
 
-def exact_counts(sparsity: Tensor, columns: int, target: float) -> Tensor:
-    """Integer counts nearest to ``columns * s_i`` that sum to ``round(target * size)``, none above the cap.
+def row_cap(columns: int, target: float) -> int:
+    """Most weights that any row may lose: `ROW_CAP` of the columns, or what a higher target needs at least."""
+    return max(int(ROW_CAP * columns), math.ceil(target * columns))
 
-    The cap is `ROW_CAP` of the columns, or what a higher target needs at least.
+
+def exact_counts(sparsity: Tensor, columns: int, target: float) -> Tensor:
+    """Integer counts nearest to ``columns * s_i`` that sum to ``round(target * size)``, none above `row_cap`.
 
     Largest remainder: whole parts first, then one more for the rows with the largest fractions; ties go by row.
     """
     rows = sparsity.numel()
-    cap = max(int(ROW_CAP * columns), math.ceil(target * columns))
+    cap = row_cap(columns, target)
     wanted = sparsity.double() * columns
     counts = wanted.floor().clamp(0, cap)
     missing = round(target * rows * columns) - int(counts.sum())

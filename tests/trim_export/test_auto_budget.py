@@ -27,7 +27,7 @@ from trim_export.storage import sha256_file
 Tiny = Callable[..., Path]
 CPU = Compute(torch.device("cpu"), autocast=False)
 TOKENS = tiny_tokens(12, 10)
-TRIAL, HELD_OUT = TOKENS[:8], TOKENS[-4:]
+TRIAL, HELD_OUT = TOKENS[:4], TOKENS[-4:]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def choose(dense: DenseModel, recipe: Recipe, tokens: torch.Tensor = TOKENS) -> 
     blocks = decoder_blocks(dense.model)
     calls = block_calls(dense.model, list(blocks.values()), tokens[:1])
     hidden = embed(dense.model, list(blocks.values()), tokens)
-    return choose_budget(recipe.layers, dense.model, recipe, blocks, calls, tokens, hidden, CPU, silently)
+    return choose_budget(recipe.layers, dense.model, recipe, blocks, calls, tokens, hidden, {}, CPU, silently)
 
 
 def direct_divergence(pruned: DenseModel, dense: DenseModel) -> float:
@@ -77,12 +77,12 @@ def direct_divergence(pruned: DenseModel, dense: DenseModel) -> float:
 
 @pytest.mark.parametrize("update", ["none", "refit"])
 @pytest.mark.parametrize("kind", ["gemma3", "opt"])
-def test_a_candidate_is_judged_by_what_its_recipe_makes_of_the_trial_windows(
+def test_a_candidate_is_judged_by_what_its_recipe_makes_of_the_trial_sequences(
     kind: str, update: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     recipe = replace(RECIPE, update=update, layers=Auto((Owl(), Lsa())))
     _, choice = choose(load_model(str(tiny(kind))), recipe)
-    assert (choice["trial_windows"], choice["held_out_windows"]) == (8, 4)
+    assert (choice["trial_sequences"], choice["held_out_sequences"]) == (4, 4)
     for candidate, budget in zip(choice["candidates"], (Uniform(), Owl(), Lsa()), strict=True):
         pruned = load_model(str(tiny(kind)))
         prune(pruned, replace(recipe, layers=budget), TRIAL, tmp_path / budget.name, CPU)

@@ -24,6 +24,7 @@ from trim_export.calibration import (
     self_generated,
     source_name,
     token_stream,
+    training_windows,
 )
 from trim_export.errors import EnvironmentLacks, UsageError
 from trim_export.forward import Compute
@@ -73,6 +74,21 @@ def test_windows_lie_where_torch_randint_puts_them(text: Path) -> None:
     drawn = windows(text, seed=3)
     assert drawn.tolist() == expected
     assert drawn.dtype == torch.int64
+
+
+def test_held_out_windows_come_from_the_last_eighth_and_the_others_from_the_rest(write: Any) -> None:
+    file = write("text.txt", "a" * 700 + "b" * 100)
+    drawn = training_windows(str(file), tiny_model("llama"), tiny_tokenizer(), 40, 30, 0, held_out=10)
+    assert drawn.shape == (40, 30)
+    of_a, of_b = tiny_tokenizer()("ab", add_special_tokens=False).input_ids
+    assert (drawn[:30] == of_a).all()
+    assert (drawn[30:] == of_b).all()
+
+
+def test_a_text_whose_last_eighth_has_no_window_is_refused(write: Any) -> None:
+    file = write("short.txt", "abcdefgh" * 4)
+    with pytest.raises(UsageError, match=r"last eighth: 4 tokens are too few for a window of 3"):
+        training_windows(str(file), tiny_model("llama"), tiny_tokenizer(), 8, 3, 0, held_out=1)
 
 
 def test_windows_depend_on_the_seed_and_on_nothing_else(text: Path) -> None:

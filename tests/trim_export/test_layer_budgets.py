@@ -26,7 +26,7 @@ from trim_export.layer_budgets import (
     hill_alpha,
     least_error,
     recentre,
-    split_windows,
+    split_sequences,
 )
 from trim_export.statistics import InputStatistics
 
@@ -296,13 +296,13 @@ def test_auto_tries_every_other_budget_and_uniform_first() -> None:
 
 @pytest.mark.parametrize(("windows", "split"), [(8, (4, 4)), (20, (16, 4)), (40, (32, 5)), (128, (32, 16))])
 def test_windows_are_split_into_trial_and_held_out(windows: int, split: tuple[int, int]) -> None:
-    assert split_windows(windows) == split
+    assert split_sequences(windows) == split
 
 
 @pytest.mark.parametrize("windows", [0, 1, 7])
 def test_too_few_windows_to_choose_by_are_refused(windows: int) -> None:
     with pytest.raises(UsageError, match=rf"needs 8 calibration windows or more, .* not {windows}; raise --samples"):
-        split_windows(windows)
+        split_sequences(windows)
 
 
 @ALLOCATORS

@@ -406,6 +406,37 @@ def test_killed_after_every_block(tiny: Tiny, tmp_path: Path, whole: Callable[..
     assert hashes(out) == hashes(whole("gemma3"))
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("update", ["none", "refit"])
+def test_a_killed_run_scored_by_gradients_continues_to_the_same_bytes(
+    update: str, blocks: int, tiny: Tiny, tmp_path: Path, whole: Callable[..., Path]
+) -> None:
+    recipe = replace(RECIPE, score="gblm", rows="lagrangian", update=update)
+    out = tmp_path / "out"
+    kill_after(blocks, lambda: prune(dense_model(tiny), recipe, TOKENS, out, CPU))
+    prune(dense_model(tiny), recipe, TOKENS, out, CPU, resume=True)
+    assert hashes(out) == hashes(whole(recipe=recipe))
+
+
+def test_gradients_are_not_measured_again_when_no_block_is_left(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, score="gblm")
+    with killed_at(REST, monkeypatch):
+        prune(dense_model(tiny), recipe, TOKENS, tmp_path / "out", CPU)
+    monkeypatch.setattr(trim_export.prune, "gradient_norms", None)
+    prune(dense_model(tiny), recipe, TOKENS, tmp_path / "out", CPU, resume=True)
+
+
+def test_rows_that_anticipate_are_chosen_for_the_problem_of_the_update(tiny: Tiny, tmp_path: Path) -> None:
+    counts = {}
+    for rows in ("uniform", "lagrangian", "anticipating"):
+        recipe = replace(RECIPE, rows=rows, update="refit")
+        artifact = prune(dense_model(tiny), recipe, MORE_TOKENS, tmp_path / rows, CPU)
+        counts[rows] = [matrix.row_counts.tolist() for _, matrix in artifact.matrices()]
+    assert counts["anticipating"] not in (counts["uniform"], counts["lagrangian"])
+
+
 @pytest.mark.parametrize("file", [REST, "config.json", "README.md", MANIFEST])
 def test_killed_while_finishing(
     file: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path]

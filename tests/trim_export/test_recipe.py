@@ -88,6 +88,25 @@ def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
     assert make_recipe("best", 0.97, rows="matrix").sparsity == 0.97
 
 
+@pytest.mark.parametrize("rows", ["lagrangian", "anticipating"])
+def test_the_cap_holds_for_every_budget_that_promises_it(rows: str) -> None:
+    with pytest.raises(UsageError, match=r"^sparsity 0\.97 is above TRIM's cap of 0\.95"):
+        make_recipe("best", 0.97, rows=rows)
+
+
+def test_rows_that_anticipate_an_update_need_one() -> None:
+    with pytest.raises(UsageError, match=r"^rows anticipating needs a weight update; give one with --update"):
+        make_recipe("paper", 0.7, rows="anticipating")
+    assert make_recipe("paper", 0.7, rows="anticipating", update="refit").rows == "anticipating"
+
+
+@pytest.mark.parametrize("options", [{"score": "gblm"}, {"rows": "anticipating"}], ids=str)
+def test_what_knows_only_blocks_is_refused_for_the_head(options: dict[str, str]) -> None:
+    (choice,) = options.values()
+    with pytest.raises(UsageError, match=rf"^\w+ {choice} is for decoder blocks only; leave out --head"):
+        make_recipe("best", 0.7, head=True, **options)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -103,7 +122,8 @@ def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
         pytest.param(
             "best", {"update": "refitx"}, r"unknown weight update 'refitx' \(did you mean refit\?\)", id="update"
         ),
-        pytest.param("best", {"layers": Auto(), "samples": 7}, "needs 8 calibration windows", id="auto-samples"),
+        pytest.param("best", {"layers": Auto(), "samples": 7}, "needs 8 calibration sequences", id="auto-samples"),
+        pytest.param("best", {"score": "gblm", "sequence_length": 1}, "^score gblm needs windows of at", id="gblm"),
         pytest.param("best", {"samples": 0}, "^samples must be at least 1$", id="samples"),
         pytest.param("best", {"sequence_length": 0}, "^sequence length must be at least 1$", id="sequence-length"),
         pytest.param("best", {"sequence_length": -5}, "^sequence length must be at least 1$", id="negative-length"),

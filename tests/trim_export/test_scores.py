@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trim_export.scores import SCORES, magnitude, wanda
+from trim_export.scores import SCORES, gblm, magnitude, ria, wanda
 from trim_export.statistics import InputStatistics
 
 
@@ -49,11 +49,53 @@ def test_wanda_prefers_a_small_weight_on_a_loud_input() -> None:
     assert magnitude(weight, inputs).argmin() == 1
 
 
+def test_ria_is_the_share_of_the_column_and_of_the_row_times_the_root_of_the_norm() -> None:
+    weight, tokens, windows = draw(5, 8, seed=0), draw(60, 8, seed=1) * torch.arange(1, 9), 4
+    score = ria(weight, statistics(tokens, windows)).numpy()
+    exact = np.abs(weight.double().numpy())
+    for row in range(5):
+        for column in range(8):
+            share = exact[row, column] / exact[:, column].sum() + exact[row, column] / exact[row].sum()
+            norm = np.linalg.norm(tokens[:, column].double().numpy()) / np.sqrt(windows)
+            assert score[row, column] == pytest.approx(share * np.sqrt(norm), rel=1e-5)
+
+
+def test_ria_scores_rows_and_columns_of_zeros_zero() -> None:
+    weight = draw(4, 6, seed=0)
+    weight[1], weight[:, 2] = 0.0, 0.0
+    score = ria(weight, statistics(draw(20, 6, seed=1), 2))
+    assert score.isfinite().all()
+    assert torch.equal(score > 0, weight != 0)
+
+
+def test_gblm_adds_a_hundred_times_the_gradient_to_the_norm() -> None:
+    weight, tokens, windows = draw(5, 8, seed=0), draw(60, 8, seed=1), 4
+    gradients = 0.01 * draw(windows * 40, seed=2).view(windows, 5, 8).double().numpy()
+    norms = torch.from_numpy(np.sqrt(np.square(gradients).sum(axis=0))).float()
+    score = gblm(weight, statistics(tokens, windows), norms).numpy()
+    for row in range(5):
+        for column in range(8):
+            norm = np.linalg.norm(tokens[:, column].double().numpy()) / np.sqrt(windows)
+            slope = np.sqrt(sum((100 * window[row, column]) ** 2 for window in gradients))
+            assert score[row, column] == pytest.approx(abs(float(weight[row, column])) * (norm + slope), rel=1e-5)
+
+
+def test_gblm_without_gradients_is_wanda_only_if_they_are_zero() -> None:
+    weight, inputs = draw(4, 6, seed=0), statistics(draw(20, 6, seed=1), 2)
+    torch.testing.assert_close(gblm(weight, inputs, torch.zeros(4, 6)), wanda(weight, inputs))
+    with pytest.raises(ValueError, match="gradients"):
+        gblm(weight, inputs)
+
+
+def test_only_gblm_asks_for_gradients() -> None:
+    assert [name for name, score in SCORES.items() if score.needs_gradients] == ["gblm"]
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_fit_the_weight_and_leave_it_alone(name: str) -> None:
     weight = draw(3, 7, seed=0)
     before = weight.clone()
-    score = SCORES[name](weight, statistics(draw(10, 7, seed=2), 2))
+    score = SCORES[name].formula(weight, statistics(draw(10, 7, seed=2), 2), draw(3, 7, seed=3).abs())
     assert score.shape == weight.shape
     assert score.dtype == torch.float32
     assert (score >= 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_tokens
 
-from trim_export import forward
+from trim_export import forward, streams
 from trim_export.forward import block_calls, choose_compute, embed
 from trim_export.models import decoder_blocks, load_model, projections
 from trim_export.streams import observe_dense, observe_pruned
@@ -52,41 +53,80 @@ def test_writers_are_the_layers_that_add_to_the_residual_stream(tiny: Callable[.
     assert [path.rpartition(".")[2] for path in dense.writers] == WRITERS[kind]
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "gpt-neox"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt-neox", "gemma3"])
 def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "TOKENS_PER_BATCH", 40)  # several batches
+    monkeypatch.setattr(streams, "SMALLEST_TILE", 5)  # several tiles of the Gram matrix, of unequal sizes
     block, call, dense_hidden = first_block(tiny, kind)
     hidden = dense_hidden + 0.1 * torch.randn(dense_hidden.shape, generator=torch.Generator().manual_seed(0))
     linears = projections(block)
+    original = copy.deepcopy(block)
     dense = observe_dense(block, linears, call, dense_hidden, COMPUTE)
-    last = dense.groups[-1]
-    seen = observe_pruned(block, linears, last, dense, call, hidden, COMPUTE, "block 0")
-
-    inputs, residuals = {}, {}
-    for name, stream in {"dense": dense_hidden, "pruned": hidden}.items():
-        caught: list[torch.Tensor] = []
-        handle = linears[last[0]].register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
-        with torch.no_grad():
-            output = call.run(block, stream, COMPUTE)
-        handle.remove()
-        flat = caught[0].reshape(-1, caught[0].shape[-1])
-        inputs[name] = flat.double()
-        residuals[name] = (output.reshape(-1, output.shape[-1]) - linears[last[0]](flat)).double()
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(seen.gram.double(), inputs["pruned"].T @ inputs["pruned"], **close)
-    torch.testing.assert_close(seen.cross.double(), inputs["dense"].T @ inputs["pruned"], **close)
-    assert seen.residual is not None
-    apart = (residuals["dense"] - residuals["pruned"]).T @ inputs["pruned"]
-    torch.testing.assert_close(seen.residual.double(), apart, **close)
-    torch.testing.assert_close(seen.inputs.mean_square, seen.gram.diagonal() / len(hidden))
-    assert seen.inputs.last_tokens.shape == (linears[last[0]].in_features, len(hidden))
+    known: dict[str, list[torch.Tensor]] = {}
+    for group in dense.groups:
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", known)
+        sides = {"dense": (original, dense_hidden), "pruned": (block, hidden)}
+        inputs = {name: watched_inputs(side, group[0], call, stream) for name, (side, stream) in sides.items()}
+        torch.testing.assert_close(seen.gram.double(), inputs["pruned"].T @ inputs["pruned"], **close)
+        torch.testing.assert_close(seen.inputs.mean_square, seen.gram.diagonal() / len(hidden))
+        assert seen.inputs.last_tokens.shape == (linears[group[0]].in_features, len(hidden))
+        weight = linears[group[0]].weight.data
+        expected = weight.double() @ inputs["dense"].T @ inputs["pruned"]
+        if group[0] in dense.writers:
+            before = {
+                name: residual_before(side, group[0], dense.writers, call, stream)
+                for name, (side, stream) in sides.items()
+            }
+            expected += (before["dense"] - before["pruned"]).T @ inputs["pruned"]
+        torch.testing.assert_close(seen.targets(weight).double(), expected, **close)
+        for path in group:  # as a weight update would, before the next group is looked at
+            linears[path].weight.data = linears[path].weight.data * 0.9
 
 
-def test_equal_streams_have_no_residual(tiny: Callable[..., Path]) -> None:
-    block, call, hidden = first_block(tiny, "llama")
+def test_equal_streams_ask_for_the_dense_layer(tiny: Callable[..., Path]) -> None:
+    block, call, hidden = first_block(tiny, "opt")  # its layers have biases
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
-    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0")
-    torch.testing.assert_close(seen.gram, seen.cross)
-    assert seen.residual is not None
-    assert float(seen.residual.abs().max()) < 1e-4
+    for group in dense.groups:
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", {})
+        weight = linears[group[0]].weight.data
+        torch.testing.assert_close(seen.targets(weight), weight @ seen.gram, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
+def test_pending_output_has_the_bits_of_a_pass_through_the_block(tiny: Callable[..., Path], kind: str) -> None:
+    block, call, hidden = first_block(tiny, kind)
+    linears = projections(block)
+    dense = observe_dense(block, linears, call, hidden, COMPUTE)
+    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {})
+    last = linears[dense.groups[-1][0]]
+    last.weight.data = last.weight.data * 0.5
+    assert seen.pending is not None
+    assert torch.equal(seen.pending.finish(last, COMPUTE), forward.run_block(block, call, hidden, COMPUTE))
+
+
+def test_a_norm_after_the_last_layer_leaves_nothing_pending(tiny: Callable[..., Path]) -> None:
+    block, call, hidden = first_block(tiny, "gemma3")
+    linears = projections(block)
+    dense = observe_dense(block, linears, call, hidden, COMPUTE)
+    assert observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {}).pending is None
+
+
+def watched_inputs(block, path, call, stream):  # type: ignore[no-untyped-def]
+    caught: list[torch.Tensor] = []
+    handle = projections(block)[path].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        call.run(block, stream, COMPUTE)
+    handle.remove()
+    return caught[0].reshape(-1, caught[0].shape[-1]).double()
+
+
+def residual_before(block, writer, writers, call, stream):  # type: ignore[no-untyped-def]
+    """The block's output without what the writer and those after it add."""
+    with torch.no_grad():
+        output = call.run(block, stream, COMPUTE).reshape(-1, stream.shape[-1]).double()
+        for path in writers[writers.index(writer) :]:
+            linear = copy.deepcopy(projections(block)[path]).double()
+            output -= linear(watched_inputs(block, path, call, stream))
+    return output

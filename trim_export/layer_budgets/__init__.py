@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from trim_export.layer_budgets.alpha import AlphaPruning, hill_alpha
-from trim_export.layer_budgets.auto import Auto, split_windows
+from trim_export.layer_budgets.auto import Auto, split_sequences
 from trim_export.layer_budgets.budget import LayerBudget
 from trim_export.layer_budgets.centring import centred, recentre
 from trim_export.layer_budgets.dlp import Dlp
@@ -25,7 +25,7 @@ __all__ = [
     "hill_alpha",
     "least_error",
     "recentre",
-    "split_windows",
+    "split_sequences",
 ]
 
 LAYER_BUDGETS: dict[str, Callable[..., LayerBudget | Auto]] = {

@@ -12,12 +12,12 @@ from trim_export.layer_budgets.lsa import Lsa, LsaProjection
 from trim_export.layer_budgets.owl import Owl
 from trim_export.layer_budgets.uniform import Uniform
 
-__all__ = ["Auto", "split_windows"]
+__all__ = ["Auto", "split_sequences"]
 
-LEAST_WINDOWS = 4
+LEAST_SEQUENCES = 4
 """For each of the two uses; fewer would say more about the text than about the budgets."""
 
-TRIAL_WINDOWS = 32
+TRIAL_SEQUENCES = 32
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,15 @@ class Auto:
         return any(budget.needs_inputs for budget in self.alternatives)
 
 
-def split_windows(windows: int) -> tuple[int, int]:
-    """How many calibration windows trials are pruned on, the first ones, and judged on, the last eighth.
+def split_sequences(sequences: int) -> tuple[int, int]:
+    """How many calibration sequences trials are pruned on, the first quarter, and judged on, the last eighth.
 
     Raises:
         UsageError: too few for both.
     """
-    held_out = max(LEAST_WINDOWS, windows // 8)
-    trial = min(TRIAL_WINDOWS, windows - held_out)
-    if trial < LEAST_WINDOWS:
+    if sequences < 2 * LEAST_SEQUENCES:
         raise UsageError(
-            f"--layers auto needs {2 * LEAST_WINDOWS} calibration windows or more, half of them to judge by, "
-            f"not {windows}; raise --samples or name a layer budget"
+            f"--layers auto needs {2 * LEAST_SEQUENCES} calibration sequences or more, half of them to judge by, "
+            f"not {sequences}; raise --samples, lower --context-length or name a layer budget"
         )
-    return trial, held_out
+    return min(TRIAL_SEQUENCES, max(LEAST_SEQUENCES, sequences // 4)), max(LEAST_SEQUENCES, sequences // 8)
