@@ -19,7 +19,7 @@ from trim_export.artifact import Artifact
 from trim_export.forward import Compute
 from trim_export.models import DenseModel, load_model
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 
 settings.register_profile("shared-cores", settings(), deadline=None)  # a busy machine is no failure
 settings.load_profile("shared-cores")
@@ -49,7 +49,7 @@ def pruned(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         out = tmp_path_factory.mktemp("pruned") / kind
         return prune(
             dense,
-            make_recipe("best", 0.6, rows="trim", update="none"),
+            Recipe(0.6, rows="trim", update="none", context_length=0),
             tiny_tokens(),
             out,
             Compute(torch.device("cpu"), False),

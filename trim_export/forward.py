@@ -26,6 +26,7 @@ __all__ = [
     "cpu_capabilities",
     "embed",
     "finish_forward",
+    "move",
     "run_block",
     "window_logits",
 ]
@@ -69,7 +70,7 @@ class BlockCall:
         """Send one batch ``[windows, tokens, features]`` through the block; the result is on the compute device."""
         with compute.context():
             output = block(
-                batch.to(compute.device), *_move(self.args, compute.device), **_move(self.kwargs, compute.device)
+                batch.to(compute.device), *move(self.args, compute.device), **move(self.kwargs, compute.device)
             )
         result: Tensor = output[0] if self.gives_tuple else output
         return result
@@ -221,11 +222,12 @@ def batch_windows(length: int) -> int:
     return max(1, TOKENS_PER_BATCH // length)
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def move(value: Any, device: torch.device) -> Any:
+    """Move the tensors inside tuples and dictionaries; whatever else there is stays as it is."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
+        return tuple(move(item, device) for item in value)
     if isinstance(value, dict):
-        return {name: _move(item, device) for name, item in value.items()}
+        return {name: move(item, device) for name, item in value.items()}
     return value

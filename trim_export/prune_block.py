@@ -95,7 +95,7 @@ def update_block(
     dense = observe_dense(block, linears, call, dense_hidden, compute)
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
-    known: dict[str, list[Tensor]] = {}
+    known: dict[str, list[Any]] = {}
     for group in dense.groups:
         seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, known)
         for path in group:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trim_export.errors import UsageError, choose
-from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Uniform, split_sequences
+from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Owl, Uniform, split_sequences
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
 from trim_export.storage import canonical_json, sha256_bytes
@@ -63,8 +63,8 @@ class Recipe:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {},
-    "fast": {"update": "refit"},
+    "best": {"layers": Owl(), "rows": "matrix"},
+    "fast": {"layers": Owl(), "update": "refit", "samples": 64},
     "paper": {"rows": "trim", "update": "none", "counts": "paper", "context_length": 0},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""

@@ -47,6 +47,10 @@ STATE = ".trim_spp.safetensors"
 """Where a training that is under way is kept, in the directory that is being written."""
 
 
+SOURCE = {"model": str, "sha256": str, "dtype": str, "bytes": int}
+"""What a manifest has to say of the dense model."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to recover, with what it does where nothing else is asked for.
@@ -138,7 +142,7 @@ def open_intact(directory: Path, out: Path) -> Artifact:
     if problems:
         raise ArtifactError(problems[0])
     source = artifact.manifest["source"]
-    if not all(isinstance(source.get(key), str) for key in ("model", "sha256")) or source.get("dtype") not in DTYPES:
+    if not all(isinstance(source.get(key), kind) for key, kind in SOURCE.items()) or source["dtype"] not in DTYPES:
         raise ArtifactError(f"{directory / MANIFEST}: does not say which dense model was pruned")
     return artifact
 
@@ -234,6 +238,7 @@ def describe_recovery(artifact: Artifact, recovery: Recovery, tokens: Tensor, co
     """Everything that decides the new artifact's bytes: how the old one was made, its hash, and what is done to it."""
     return {
         **artifact.manifest["run"],
+        "source": {key: artifact.manifest["source"][key] for key in SOURCE},
         "tool_version": trim_export.__version__,
         "torch_version": torch.__version__,
         "artifact_sha256": sha256_file(artifact.path / MANIFEST),

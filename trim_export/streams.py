@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trim_export.forward import BlockCall, Compute, StopForward, batch_windows
+from trim_export.forward import BlockCall, Compute, StopForward, batch_windows, move
 from trim_export.statistics import InputStatistics, require_finite_inputs
 
 __all__ = ["DenseStream", "GroupStatistics", "Pending", "observe_dense", "observe_pruned"]
@@ -100,11 +100,14 @@ class Pending:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One batch through a block: what each layer read and gave, in the order of the calls, and the block's output."""
+    """One batch through a block: what each layer read and gave, in the order of the calls, and the block's output.
+
+    ``outputs`` are also those of the block's larger parts, whatever they give (attention gives a tuple).
+    """
 
     order: list[str]
     inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    outputs: dict[str, Any]
     output: Tensor | None
 
 
@@ -148,15 +151,15 @@ def observe_pruned(
     hidden: Tensor,
     compute: Compute,
     name: str,
-    known: dict[str, list[Tensor]],
+    known: dict[str, list[Any]],
 ) -> GroupStatistics:
     """Send the pruned stream through a block whose earlier layers are pruned, up to one group of layers.
 
     Args:
         block, linears, group, dense, call, hidden, compute: which group of what.
         name: of the block, for messages.
-        known: layer -> its outputs, a batch each, from passes before this one. They are not computed again, and what
-            is computed now is added for the next group.
+        known: layer, or larger part of the block -> its outputs, a batch each, from passes before this one. They are
+            not computed again, and what is computed now is added for the next group.
 
     Raises:
         ModelError: naming block and layer, if the inputs are not finite.
@@ -169,11 +172,11 @@ def observe_pruned(
     pending = Pending([], []) if dense.ends_with_writer and group == dense.groups[-1] else None
     last_tokens = []
     for number, batch in enumerate(hidden.split(batch_windows(hidden.shape[1]))):
-        replay = {path: outputs[number].to(compute.device) for path, outputs in known.items() if len(outputs) > number}
+        replay = {path: outputs[number] for path, outputs in known.items() if len(outputs) > number}
         seen = _watch(block, linears, call, batch, compute, replay, stop_before=leader)
         if group != dense.groups[-1]:
             for path in seen.outputs.keys() - replay.keys():
-                known.setdefault(path, []).append(seen.outputs[path].to(hidden.device))
+                known.setdefault(path, []).append(move(seen.outputs[path], hidden.device))
         inputs = _flat(seen.inputs[leader]).float()
         _add_gram(gram, inputs)
         if writes:
@@ -215,16 +218,18 @@ def _watch(
     call: BlockCall,
     batch: Tensor,
     compute: Compute,
-    replay: Mapping[str, Tensor],
+    replay: Mapping[str, Any],
     stop_before: str | None = None,
 ) -> _Seen:
     """Run one batch and note what every layer reads and gives, at most until one layer is about to run.
 
-    Layers in ``replay`` give what stands there.
+    Layers and other parts of the block in ``replay`` give what stands there.
     """
+    parts = {path: part for path, part in block.named_children() if path not in linears and _holds(path, linears)}
+    watched: dict[str, nn.Module] = {**linears, **parts}
     order: list[str] = []
     inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {path: move(known, compute.device) for path, known in replay.items()}
 
     def before(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -235,16 +240,16 @@ def _watch(
 
         return hook
 
-    def after(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             outputs[path] = output
 
         return hook
 
     handles = [linear.register_forward_pre_hook(before(path)) for path, linear in linears.items()]
-    handles += [linear.register_forward_hook(after(path)) for path, linear in linears.items()]
-    for path, known in replay.items():
-        linears[path].forward = lambda _, known=known: known  # type: ignore[method-assign]  # until it is deleted again
+    handles += [module.register_forward_hook(after(path)) for path, module in watched.items()]
+    for path in replay:  # hides the methods until they are deleted again
+        watched[path].forward = lambda *_, given=outputs[path], **__: given  # type: ignore[method-assign]
     result: Tensor | None = None
     try:
         result = call.run(block, batch, compute)
@@ -254,8 +259,12 @@ def _watch(
         for handle in handles:
             handle.remove()
         for path in replay:
-            del linears[path].forward
+            del watched[path].forward
     return _Seen(order, inputs, outputs, result)
+
+
+def _holds(part: str, linears: Mapping[str, nn.Linear]) -> bool:
+    return any(path.startswith(f"{part}.") for path in linears)
 
 
 def _group(seen: _Seen) -> list[list[str]]:

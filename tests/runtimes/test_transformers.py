@@ -25,7 +25,7 @@ from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError
 from trim_export.forward import Compute
 from trim_export.models import load_model
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 from trim_export.runtimes import RUNTIMES, SparseLinear, load, pick_runtime
 from trim_export.runtimes.transformers import TrimSparseConfig
 
@@ -222,7 +222,7 @@ def with_head(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
     @functools.cache
     def make(kind: str) -> Artifact:
-        recipe = make_recipe("best", 0.6, update="none", head=True)
+        recipe = Recipe(0.6, update="none", head=True, context_length=0)
         out = tmp_path_factory.mktemp("with-head") / kind
         return prune(load_model(str(tiny(kind))), recipe, TOKENS, out, Compute(torch.device("cpu"), autocast=False))
 

@@ -20,7 +20,7 @@ from trim_export.forward import Compute, block_calls, embed
 from trim_export.layer_budgets import AlphaPruning, Dlp, LayerBudget, Lsa, LsaProjection, Owl, Uniform
 from trim_export.models import DenseModel, decoder_blocks, load_model, projections
 from trim_export.progress import silently
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 
 Tiny = Callable[..., Path]
 CPU = Compute(torch.device("cpu"), autocast=False)
@@ -32,7 +32,7 @@ def allocate(dense: DenseModel, budget: LayerBudget, sparsity: float, **options:
     blocks = decoder_blocks(dense.model)
     calls = block_calls(dense.model, list(blocks.values()), TOKENS[:1])
     hidden = embed(dense.model, list(blocks.values()), TOKENS)
-    recipe = make_recipe("best", sparsity, layers=budget, rows="uniform", **options)
+    recipe = Recipe(sparsity, layers=budget, rows="uniform", **options, context_length=0)
     return layer_sparsities(budget, recipe, blocks, calls, hidden, CPU, silently)
 
 

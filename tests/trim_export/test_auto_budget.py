@@ -20,7 +20,7 @@ from trim_export.layer_budgets import Auto, LayerBudget, Lsa, Owl, Uniform
 from trim_export.models import DenseModel, decoder_blocks, load_model, projections
 from trim_export.progress import silently
 from trim_export.prune import prune
-from trim_export.recipe import Recipe, make_recipe
+from trim_export.recipe import Recipe
 from trim_export.statistics import InputStatistics
 from trim_export.storage import sha256_file
 
@@ -46,7 +46,7 @@ class Fixed(LayerBudget):
 
 
 GOOD, BAD = Fixed(first=0.8), Fixed(first=0.2)
-RECIPE = make_recipe("best", 0.5, rows="uniform", update="none", samples=len(TOKENS))
+RECIPE = Recipe(0.5, rows="uniform", update="none", samples=len(TOKENS), context_length=0)
 
 
 def mostly_empty_first_block(tiny: Tiny) -> DenseModel:

@@ -30,7 +30,7 @@ from trim_export.errors import EnvironmentLacks, UsageError
 from trim_export.forward import Compute
 from trim_export.models import load_model
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 
 TEXT = "".join(random.Random(0).choices(string.ascii_letters + " \n", k=500))
 
@@ -292,7 +292,7 @@ def test_an_end_token_stands_in_for_a_missing_first_one() -> None:
 
 def test_a_model_is_pruned_on_what_it_wrote(tiny: Callable[..., Path], tmp_path: Path) -> None:
     dense = load_model(str(tiny("llama")))
-    recipe = make_recipe("best", 0.5, update="none", samples=4, sequence_length=8)
+    recipe = Recipe(0.5, update="none", samples=4, sequence_length=8, context_length=0)
     tokens = calibration_windows("self", dense.model, dense.tokenizer, 4, 8, recipe.seed)
     artifact = prune(dense, recipe, tokens, tmp_path / "out", Compute(torch.device("cpu"), autocast=False))
     assert artifact.manifest["run"]["recipe"]["calibration"] == "self"

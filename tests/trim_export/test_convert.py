@@ -19,7 +19,7 @@ from trim_export.errors import UsageError
 from trim_export.forward import choose_compute
 from trim_export.models import load_model
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 from trim_export.runtimes import load
 
 
@@ -74,7 +74,7 @@ def test_blocks_count_no_weight_that_is_exactly_zero(tiny: Callable[..., Path], 
     weight[:, ::4] = 0
     weight[:, 1::4] = 0
     weight[:, 2::4] = 0
-    recipe = make_recipe("best", 0.5, rows="uniform", update="none")
+    recipe = Recipe(0.5, rows="uniform", update="none", context_length=0)
     artifact = prune(dense, recipe, tiny_tokens(), tmp_path / "a", choose_compute("cpu", torch.float32))
     convert(artifact, "bsr", tmp_path / "bsr")
     converted = open_artifact(tmp_path / "bsr")

@@ -15,7 +15,7 @@ from trim_export.forward import Compute
 from trim_export.gradients import gradient_norms
 from trim_export.models import decoder_blocks, load_model, projections
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 
 CPU = Compute(torch.device("cpu"), autocast=False)
 TOKENS = tiny_tokens(windows=3, length=10)
@@ -155,7 +155,7 @@ def test_pruning_by_gblm_measures_the_dense_model_once_and_takes_it_into_account
     handle = dense.model.get_submodule(first).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     dense.model(TOKENS)
     handle.remove()
-    recipe = make_recipe("best", 0.5, score="gblm", rows="uniform", update="none")
+    recipe = Recipe(0.5, score="gblm", rows="uniform", update="none", context_length=0)
     artifact = prune(dense, recipe, TOKENS, tmp_path / "out", CPU, track=track)
     assert described == ["measuring gradients", "pruning"]
 

@@ -31,7 +31,7 @@ Tiny = Callable[..., Path]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
 TOKENS = tiny_tokens()
-RECIPE = make_recipe("best", 0.5, rows="trim", update="none")
+RECIPE = Recipe(0.5, rows="trim", update="none", context_length=0)
 
 
 def dense_model(tiny: Tiny, kind: str = "llama", dtype: torch.dtype = torch.float32) -> DenseModel:
@@ -97,7 +97,7 @@ def test_kept_weights_are_the_dense_ones_and_counts_are_exact(
 ) -> None:
     dense = dense_model(tiny, kind, dtype)
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    artifact = prune(dense, make_recipe("best", sparsity, rows=rows, update="none"), TOKENS, tmp_path / "out", CPU)
+    artifact = prune(dense, Recipe(sparsity, rows=rows, update="none", context_length=0), TOKENS, tmp_path / "out", CPU)
     after = dense.model.state_dict()
 
     expected_modules = {
@@ -128,7 +128,7 @@ def test_kept_weights_are_the_dense_ones_and_counts_are_exact(
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.95, 0.97])
 def test_extreme_sparsities(sparsity: float, tiny: Tiny, tmp_path: Path) -> None:
-    recipe = make_recipe("best", sparsity, rows="uniform" if sparsity > 0.95 else "trim", update="none")
+    recipe = Recipe(sparsity, rows="uniform" if sparsity > 0.95 else "trim", update="none", context_length=0)
     artifact = prune(dense_model(tiny), recipe, TOKENS, tmp_path / "out", CPU)
     for entry in artifact.modules.values():
         rows, columns = entry["shape"]
@@ -147,7 +147,7 @@ def test_trim_rows_differ_and_are_no_worse_on_the_calibration_text(tiny: Tiny, t
 
 def test_whole_matrix_rows_by_magnitude_keep_the_largest_weights(tiny: Tiny, tmp_path: Path) -> None:
     dense = dense_model(tiny)
-    recipe = make_recipe("best", 0.7, rows="matrix", score="magnitude", update="none")
+    recipe = Recipe(0.7, rows="matrix", score="magnitude", update="none", context_length=0)
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
     for name, matrix in prune(dense, recipe, TOKENS, tmp_path / "out", CPU).matrices():
         weight = before[f"{name}.weight"].abs()

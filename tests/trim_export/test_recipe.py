@@ -19,8 +19,8 @@ from trim_export.trim import EXACT, PAPER
 
 def test_the_best_recipe_updates_the_kept_weights_and_counts_exactly() -> None:
     recipe = make_recipe("best", 0.7)
-    assert (recipe.score, recipe.rows, recipe.update, recipe.counts) == ("wanda", "uniform", "admm", "exact")
-    assert recipe == Recipe(0.7)
+    assert (recipe.score, recipe.rows, recipe.update, recipe.counts) == ("wanda", "matrix", "admm", "exact")
+    assert recipe == Recipe(0.7, rows="matrix", layers=Owl())
     assert recipe.policy is EXACT
 
 
@@ -84,14 +84,14 @@ def test_sparsity_within_its_range_is_taken(sparsity: float) -> None:
 def test_sparsity_above_the_cap_of_trim_is_refused_with_a_way_out() -> None:
     with pytest.raises(UsageError, match=r"0\.97 is above TRIM's cap of 0\.95 on each row; use --rows uniform"):
         make_recipe("paper", 0.97)
-    assert make_recipe("best", 0.97, rows="uniform").sparsity == 0.97
-    assert make_recipe("best", 0.97, rows="matrix").sparsity == 0.97
+    assert make_recipe("best", 0.97, rows="uniform", layers=Uniform()).sparsity == 0.97
+    assert make_recipe("best", 0.97, layers=Uniform()).sparsity == 0.97
 
 
 @pytest.mark.parametrize("rows", ["lagrangian", "anticipating"])
 def test_the_cap_holds_for_every_budget_that_promises_it(rows: str) -> None:
     with pytest.raises(UsageError, match=r"^sparsity 0\.97 is above TRIM's cap of 0\.95"):
-        make_recipe("best", 0.97, rows=rows)
+        make_recipe("best", 0.97, rows=rows, layers=Uniform())
 
 
 def test_rows_that_anticipate_an_update_need_one() -> None:

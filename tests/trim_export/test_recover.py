@@ -22,7 +22,7 @@ from trim_export.errors import ArtifactError, ModelError, UsageError
 from trim_export.forward import Compute, block_calls, embed
 from trim_export.models import decoder_blocks, load_model
 from trim_export.prune import prune
-from trim_export.recipe import make_recipe
+from trim_export.recipe import Recipe
 from trim_export.recover import METHODS, Recovery, load_teacher, make_recovery, open_intact, recover
 from trim_export.statistics import collect_inputs
 from trim_export.storage import sha256_file
@@ -31,7 +31,7 @@ Tiny = Callable[..., Path]
 Pruned = Callable[..., Artifact]
 
 CPU = Compute(torch.device("cpu"), autocast=False)
-TOKENS = tiny_tokens(16, 12)
+TOKENS = tiny_tokens(24, 12)
 BLOCKS = make_recovery("blocks", "text.txt", steps=12, learning_rate=5e-3)
 SPP = make_recovery("spp", "text.txt", steps=12, learning_rate=3e-2)
 
@@ -125,7 +125,11 @@ def test_a_pruned_head_stays_as_sparse(
     recovery: Recovery, kind: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = prune(
-        load_model(str(tiny(kind))), make_recipe("best", 0.5, head=True, update="none"), TOKENS, tmp_path / "a", CPU
+        load_model(str(tiny(kind))),
+        Recipe(0.5, head=True, update="none", context_length=0),
+        TOKENS,
+        tmp_path / "a",
+        CPU,
     )
     new = run(old, tiny(kind), recovery, tmp_path / "out")
     was, matrix = (artifact.matrix("lm_head", artifact.modules["lm_head"]) for artifact in (old, new))
@@ -289,7 +293,7 @@ def test_what_is_no_finished_and_intact_artifact_is_refused(
         open_intact(damaged, out)
 
 
-@pytest.mark.parametrize("change", [{"sha256": None}, {"model": 3}, {"dtype": "int8"}])
+@pytest.mark.parametrize("change", [{"sha256": None}, {"model": 3}, {"dtype": "int8"}, {"dtype": []}, {"bytes": "1"}])
 def test_a_manifest_that_does_not_name_its_model_is_refused(
     change: dict[str, Any], pruned: Pruned, tmp_path: Path
 ) -> None:

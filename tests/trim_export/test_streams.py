@@ -63,7 +63,7 @@ def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, mon
     original = copy.deepcopy(block)
     dense = observe_dense(block, linears, call, dense_hidden, COMPUTE)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    known: dict[str, list[torch.Tensor]] = {}
+    known: dict[str, list[object]] = {}
     for group in dense.groups:
         seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", known)
         sides = {"dense": (original, dense_hidden), "pruned": (block, hidden)}

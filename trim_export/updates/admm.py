@@ -44,7 +44,7 @@ class Admm:
 
     iterations: int = 20
     selections: int = 15
-    damp: float = 0.1
+    damp: float = 0.3
     polish: int = 10
     name: str = "admm"
 
