@@ -200,6 +200,6 @@ def test_a_run_that_would_choose_among_others_is_not_continued(tiny: Tiny, tmp_p
 
 
 def test_too_few_windows_are_refused_before_anything_is_written(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs 8 calibration windows or more"):
+    with pytest.raises(UsageError, match="needs 8 calibration sequences or more"):
         prune(load_model(str(tiny("llama"))), AUTO, TOKENS[:7], tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
