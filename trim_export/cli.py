@@ -97,6 +97,9 @@ def prune(
         str | None, typer.Option(help="Row budget: trim, uniform, matrix, lagrangian, anticipating (the update).")
     ] = None,
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="What an update fits to: own, dense, residual (makes up for earlier losses).")
+    ] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")
     ] = False,
@@ -140,6 +143,7 @@ def prune(
         ),
         rows=rows,
         update=update,
+        targets=targets,
         head=head,
         calibration=calibration,
         samples=samples,

@@ -92,7 +92,7 @@ def update_block(
         The pruned block, its output, and the dense block's output.
     """
     linears = _finite_projections(name, block)
-    dense = observe_dense(block, linears, call, dense_hidden, compute)
+    dense = observe_dense(block, linears, call, dense_hidden, compute, residual=recipe.targets == "residual")
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
     known: dict[str, list[Any]] = {}
@@ -101,7 +101,8 @@ def update_block(
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()
-            problem = LayerProblem(exact, seen.gram, seen.targets(exact))
+            target = exact @ seen.gram if recipe.targets == "own" else seen.targets(exact)
+            problem = LayerProblem(exact, seen.gram, target)
             mask, choice = _choose_mask(exact, seen.inputs, gradients.get(path), problem, sparsities[path], recipe)
             update = UPDATES[recipe.update](problem, Support(mask, by_row=recipe.rows != "matrix"))
             pruned[path] = SparseMatrix.from_dense(update.weight.to(weight.dtype), update.mask)

@@ -17,6 +17,7 @@ from trim_export.updates import UPDATES
 __all__ = ["RECIPES", "Recipe", "first_difference", "make_recipe"]
 
 POLICIES: dict[str, Policy] = {"exact": EXACT, "paper": PAPER}
+TARGETS = ("own", "dense", "residual")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Recipe:
         layers: the layer budget with its parameters, or `Auto` to have one chosen by trial.
         rows: name in `ROW_BUDGETS`.
         update: name in `UPDATES`: what the kept weights become.
+        targets: what an updated layer should give: ``own``, the dense layer's outputs on the pruned model's inputs;
+            ``dense``, the dense model's outputs there; ``residual``, the same, and layers that write into the residual
+            stream also make up for what was lost before.
         counts: ``exact`` (counts sum to the target, never above the cap) or ``paper`` (the authors' code to the bit).
         head: whether the LM head is pruned too.
         calibration: text file, data set or ``self``.
@@ -43,6 +47,7 @@ class Recipe:
     layers: LayerBudget | Auto = field(default_factory=Uniform)
     rows: str = "uniform"
     update: str = "admm"
+    targets: str = "residual"
     counts: str = "exact"
     head: bool = False
     calibration: str = "self"
@@ -85,6 +90,7 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     rows = choose("row budget", recipe.rows, ROW_BUDGETS)
     choose("counts", recipe.counts, POLICIES)
     choose("weight update", recipe.update, UPDATES)
+    choose("targets", recipe.targets, dict.fromkeys(TARGETS))
     if rows.capped and sparsity > ROW_CAP:
         raise UsageError(f"sparsity {sparsity} is above TRIM's cap of {ROW_CAP} on each row; use --rows uniform")
     if not isinstance(recipe.layers, Uniform) and sparsity > ROW_CAP:

@@ -113,9 +113,17 @@ class _Seen:
 
 @torch.no_grad()
 def observe_dense(
-    block: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor, compute: Compute
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    call: BlockCall,
+    hidden: Tensor,
+    compute: Compute,
+    residual: bool = True,
 ) -> DenseStream:
-    """Send the dense stream through a block that is still dense, and keep what its layers see."""
+    """Send the dense stream through a block that is still dense, and keep what its layers see.
+
+    Without ``residual`` no layer is taken for one that writes into the residual stream.
+    """
     groups: list[list[str]] = []
     writers: list[str] = []
     inputs: dict[str, list[Tensor]] = {}
@@ -127,7 +135,7 @@ def observe_dense(
         assert seen.output is not None
         if not outputs:
             groups = _group(seen)
-            writers = _find_writers(groups, seen, batch.to(compute.device))
+            writers = _find_writers(groups, seen, batch.to(compute.device)) if residual else []
             ends_with_writer = writers[-1:] == groups[-1] and torch.equal(
                 _residual_after(writers[-1], writers, seen, batch.to(compute.device)), seen.output
             )
@@ -249,7 +257,7 @@ def _watch(
     handles = [linear.register_forward_pre_hook(before(path)) for path, linear in linears.items()]
     handles += [module.register_forward_hook(after(path)) for path, module in watched.items()]
     for path in replay:  # hides the methods until they are deleted again
-        watched[path].forward = lambda *_, given=outputs[path], **__: given  # type: ignore[method-assign]
+        watched[path].forward = lambda *_, given=outputs[path], **__: given
     result: Tensor | None = None
     try:
         result = call.run(block, batch, compute)
@@ -295,13 +303,14 @@ def _find_writers(groups: list[list[str]], seen: _Seen, batch: Tensor) -> list[s
 
 def _residual_before(writer: str, writers: list[str], seen: _Seen, batch: Tensor) -> Tensor:
     """The residual stream just before ``writer`` adds to it, shaped like the batch; added up in the block's order."""
-    earlier = [seen.outputs[path].view_as(batch).to(batch.dtype) for path in writers[: writers.index(writer)]]
-    return sum(earlier, batch)
+    earlier: list[Tensor] = [seen.outputs[path] for path in writers[: writers.index(writer)]]
+    return sum((output.view_as(batch).to(batch.dtype) for output in earlier), batch)
 
 
 def _residual_after(writer: str, writers: list[str], seen: _Seen, batch: Tensor) -> Tensor:
     """The residual stream just after ``writer`` added to it."""
-    return _residual_before(writer, writers, seen, batch) + seen.outputs[writer].view_as(batch)
+    output: Tensor = seen.outputs[writer]
+    return _residual_before(writer, writers, seen, batch) + output.view_as(batch)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from trim_export.calibration import source_name
 from trim_export.errors import UsageError, choose
 from trim_export.layer_budgets import LAYER_BUDGETS
-from trim_export.recipe import Recipe, make_recipe
+from trim_export.recipe import RECIPES, Recipe, make_recipe
 from trim_export.storage import sha256_file
 
 __all__ = [
@@ -138,7 +138,8 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
     "rows": ("uniform", "trim", "matrix", "lagrangian", "anticipating"),
     "layers": ("uniform", "owl", "alpha", "dlp", "lsa", "lsa-projection"),
     "update": ("none", "refit", "sparsegpt", "admm", "fista"),
-    "targets": (),  # to be named once recipes have this setting
+    "targets": ("own", "dense", "residual"),
+    "context_length": ("0", "512", "1024"),
 }
 ABLATION = tuple(Row(f"{key}={name}", "best", {key: name}) for key, names in INGREDIENTS.items() for name in names)
 """`best` with one ingredient changed; the value that `best` has anyway is the same measurement, made once."""
@@ -204,6 +205,8 @@ def recipe_of(cell: Cell, protocol: Protocol) -> Recipe:
         raise UsageError(f"recipes have no setting {min(missing)!r}")
     if "layers" in given:
         given["layers"] = choose("layer budget", given["layers"], LAYER_BUDGETS)()
+    if "context_length" in given:
+        given["context_length"] = int(given["context_length"])
     assert cell.row.recipe is not None
     assert cell.sparsity is not None
     return make_recipe(
@@ -211,7 +214,7 @@ def recipe_of(cell: Cell, protocol: Protocol) -> Recipe:
         cell.sparsity,
         **given,
         calibration=protocol.calibration,
-        samples=protocol.samples,
+        samples=min(protocol.samples, RECIPES[cell.row.recipe].get("samples", protocol.samples)),
         sequence_length=protocol.length,
         seed=cell.seed,
     )
