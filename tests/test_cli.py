@@ -101,7 +101,7 @@ def test_scores_and_row_budgets_give_artifacts_that_run(
     out, report = tmp_path / "a", tmp_path / "i.json"
     run(
         *("prune", "--model", model, "--sparsity", 0.6, "-o", out, "--calibration", text),
-        *("--samples", 8, "--sequence-length", 16, *options),
+        *("--samples", 8, "--sequence-length", 16, "--layers", "uniform", "--rows", "uniform", *options),
     )
     run("verify", out, "--runtime", "torch-sparse")
     run("inspect", out, "--json", report)

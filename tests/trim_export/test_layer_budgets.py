@@ -294,15 +294,17 @@ def test_auto_tries_every_other_budget_and_uniform_first() -> None:
     assert sorted([*names, "auto"]) == sorted(LAYER_BUDGETS)
 
 
-@pytest.mark.parametrize(("windows", "split"), [(8, (4, 4)), (20, (16, 4)), (40, (32, 5)), (128, (32, 16))])
-def test_windows_are_split_into_trial_and_held_out(windows: int, split: tuple[int, int]) -> None:
-    assert split_sequences(windows) == split
+@pytest.mark.parametrize(
+    ("sequences", "split"), [(8, (4, 4)), (20, (5, 4)), (40, (10, 5)), (128, (32, 16)), (512, (32, 64))]
+)
+def test_sequences_are_split_into_trial_and_held_out(sequences: int, split: tuple[int, int]) -> None:
+    assert split_sequences(sequences) == split
 
 
-@pytest.mark.parametrize("windows", [0, 1, 7])
-def test_too_few_windows_to_choose_by_are_refused(windows: int) -> None:
-    with pytest.raises(UsageError, match=rf"needs 8 calibration windows or more, .* not {windows}; raise --samples"):
-        split_sequences(windows)
+@pytest.mark.parametrize("sequences", [0, 1, 7])
+def test_too_few_sequences_to_choose_by_are_refused(sequences: int) -> None:
+    with pytest.raises(UsageError, match=rf"needs 8 calibration sequences or more, .* not {sequences}; raise"):
+        split_sequences(sequences)
 
 
 @ALLOCATORS
