@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 bin := .venv/bin
 stamp := .venv/.installed
-native := $(shell find trim_export converters runtimes -name '*.cpp')
+native := $(shell find trim_export converters runtimes -name '*.cpp' -o -name '*.h')
 # Nothing is fetched while testing; idle OpenMP threads sleep instead of burning the cores the next step needs.
 quiet_env := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
@@ -19,7 +19,7 @@ $(stamp): pyproject.toml constraints.txt CMakeLists.txt $(native)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "trim-export needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=..."; exit 1; }
 	@command -v $(CXX) >/dev/null || command -v c++ >/dev/null || command -v clang++ >/dev/null || \
-		echo "No C++ compiler: installing without the native library, pruning will be slower." \
+		echo "No C++ compiler: installing without the native libraries, everything will be slower." \
 			"Install g++ or clang++ and run 'make clean setup' to have it."
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/pip install --quiet -c constraints.txt -e ".[demo,dev]"

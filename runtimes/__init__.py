@@ -1,6 +1,15 @@
 """Execution: from stored bytes to ``y = W x``. Importing this package registers our loader with transformers."""
 
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear, tensor_bytes
-from trim_export.runtimes.transformers import RUNTIMES, load, pick_runtime
+from trim_export.runtimes.transformers import RUNTIMES, available_runtimes, load, pick_runtime
 
-__all__ = ["RUNTIMES", "Layout", "Runtime", "SparseLinear", "load", "pick_runtime", "tensor_bytes"]
+__all__ = [
+    "RUNTIMES",
+    "Layout",
+    "Runtime",
+    "SparseLinear",
+    "available_runtimes",
+    "load",
+    "pick_runtime",
+    "tensor_bytes",
+]

@@ -15,6 +15,7 @@ class DenseRuntime:
     """Expands each matrix at load; needs the dense model's memory."""
 
     name = "dense"
+    devices = ("cpu", "cuda")
 
     def unavailable(self) -> str | None:
         """Always available."""

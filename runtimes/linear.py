@@ -59,6 +59,11 @@ class Runtime(Protocol):
         """The word a user types for it."""
         ...
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Types of torch devices that it executes on."""
+        ...
+
     def unavailable(self) -> str | None:
         """Why it cannot be used on this machine, as a sentence; None when it can."""
         ...

@@ -24,6 +24,7 @@ class TorchSparseRuntime:
     """CSR, or BSR when the artifact stores blocks."""
 
     name = "torch-sparse"
+    devices = ("cpu", "cuda")
 
     def unavailable(self) -> str | None:
         """Comes with torch."""

@@ -25,14 +25,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
 from trim_export.converters.format import FORMAT_VERSION, METHOD
-from trim_export.errors import ArtifactError, EnvironmentLacks, choose, first_line
+from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
+from trim_export.runtimes.native import NativeRuntime
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 
-__all__ = ["METHOD", "RUNTIMES", "TrimSparseConfig", "TrimSparseQuantizer", "load", "pick_runtime"]
+__all__ = [
+    "METHOD",
+    "RUNTIMES",
+    "TrimSparseConfig",
+    "TrimSparseQuantizer",
+    "available_runtimes",
+    "load",
+    "pick_runtime",
+]
 
-RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (TorchSparseRuntime(), DenseRuntime())}
+_KNOWN: tuple[Runtime, ...] = (NativeRuntime(), TorchSparseRuntime(), DenseRuntime())
+
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
 """Runtimes by name, the preferred one first."""
 
 STORED_DTYPES = {
@@ -59,10 +70,10 @@ def load(
 
     Raises:
         ArtifactError: damaged or inconsistent; names file, module and reason.
-        UsageError: unknown runtime.
+        UsageError: unknown runtime, or one that does not execute on ``device``.
         EnvironmentLacks: a runtime that is not available here.
     """
-    pick_runtime(runtime)
+    pick_runtime(runtime, torch.device(device).type)
     if not (Path(directory) / "config.json").is_file():
         raise ArtifactError(f"{directory}: no config.json, so not a finished artifact")
     try:
@@ -84,15 +95,27 @@ def load(
     return model
 
 
-def pick_runtime(name: str) -> Runtime:
-    """The runtime of that name, or for ``auto`` the first available one."""
+def pick_runtime(name: str, device: str = "cpu") -> Runtime:
+    """The runtime of that name, or for ``auto`` the first available one for this type of device.
+
+    Raises:
+        UsageError: unknown runtime, or one that does not execute on the device.
+        EnvironmentLacks: it is not available here.
+    """
     if name == "auto":
-        return next(runtime for runtime in RUNTIMES.values() if runtime.unavailable() is None)
+        return RUNTIMES[available_runtimes(device)[0]]
     runtime = choose("runtime", name, RUNTIMES)
+    if device not in runtime.devices:
+        raise UsageError(f"runtime {name} executes on {' and '.join(runtime.devices)}, not on {device}; choose another")
     reason = runtime.unavailable()
     if reason:
         raise EnvironmentLacks(f"runtime {name}: {reason}")
     return runtime
+
+
+def available_runtimes(device: str = "cpu") -> list[str]:
+    """Names of the runtimes that can be used here on this type of device, the preferred one first."""
+    return [name for name, runtime in RUNTIMES.items() if device in runtime.devices and runtime.unavailable() is None]
 
 
 @register_quantization_config(METHOD)
@@ -203,13 +226,14 @@ class TrimSparseQuantizer(HfQuantizer):
         _refuse_incomplete(model, headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        runtime = pick_runtime(self.quantization_config.runtime)
+        runtime = None
         for name, module in list(model.named_modules()):
             if not isinstance(module, _StoredLinear):
                 continue
             device = next(module.parameters()).device
             if device.type == "meta":
                 raise EnvironmentLacks(f"{name}: sparse layers cannot be offloaded; load the model to one device")
+            runtime = pick_runtime(self.quantization_config.runtime, device.type)
             try:
                 matrix = module.decode(self.encoding)
             except ArtifactError as error:

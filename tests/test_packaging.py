@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "trim_export", "converters", "runtimes"]
-LIBRARY = "trim_export/native/libtrim_curves.so"
+LIBRARIES = ["trim_export/native/libtrim_curves.so", "trim_export/runtimes/native/libtrim_native.so"]
 COMPILERS = [os.environ.get("CXX", "c++"), "g++", "clang++"]
 
 
@@ -54,7 +54,7 @@ def contents(wheel: Path) -> list[str]:
 
 def expected(checkout: Path, *, library: bool) -> list[str]:
     """Each module of the three directories once, under the one package."""
-    names = [LIBRARY] if library else []
+    names = [*LIBRARIES] if library else []
     for source, target in [
         ("trim_export", "trim_export"),
         ("converters", "trim_export/converters"),
@@ -98,7 +98,8 @@ def test_unpacked_wheel_runs_with_its_library(wheel: Path, tmp_path: Path) -> No
     search_path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     script = (
         "import trim_export.converters.matrix as matrix, trim_export.curves as curves;"
-        "print(matrix.__file__, curves.__file__, curves.native_available(), sep='\\n')"
+        "from trim_export.runtimes import pick_runtime;"
+        "print(matrix.__file__, curves.__file__, curves.native_available(), pick_runtime('auto').name, sep='\\n')"
     )
     run = subprocess.run(
         [sys.executable, "-S", "-c", script],
@@ -113,4 +114,5 @@ def test_unpacked_wheel_runs_with_its_library(wheel: Path, tmp_path: Path) -> No
         str(package / "converters" / "matrix.py"),
         str(package / "curves.py"),
         "True",
+        "native",
     ], run.stderr

@@ -206,7 +206,7 @@ def recover(
 @app.command()
 def convert(
     directory: Directory,
-    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, dense or scipy.")],
+    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, dense or scipy.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
     json_file: Json = None,
@@ -236,10 +236,10 @@ def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = Non
     from trim_export.report import table
 
     artifact = _open_quietly(directory)
-    from trim_export.runtimes import RUNTIMES
+    from trim_export.runtimes import available_runtimes
     from trim_export.verify import verify as verify_artifact
 
-    result = verify_artifact(artifact, _tokenizer(directory), runtime or list(RUNTIMES))
+    result = verify_artifact(artifact, _tokenizer(directory), runtime or available_runtimes())
     out.print(
         table(
             "parity with the dense masked model in float32 (prefill and cached decode)",
@@ -283,11 +283,11 @@ def bench(
     from trim_export.bench import bench as bench_artifact
     from trim_export.forward import choose_device
     from trim_export.report import bench_table
-    from trim_export.runtimes import RUNTIMES
+    from trim_export.runtimes import available_runtimes
 
     place = choose_device(device).type
     workload = Workload(tuple(batch or (1,)), prompt, generate, repeats, threads, place)
-    result = bench_artifact(artifact, contestants(artifact, runtime or list(RUNTIMES)), workload)
+    result = bench_artifact(artifact, contestants(artifact, runtime or available_runtimes(place)), workload)
     out.print(bench_table(result))
     _write_json(json_file, result)
 

@@ -122,6 +122,7 @@ TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None], None]] = {
     "bitmap": _write_artifact,
     "csr": _write_artifact,
     "bsr": _write_artifact,
+    "bitmap-4x64": _write_artifact,
     "dense": _write_dense,
     "scipy": _write_scipy,
 }

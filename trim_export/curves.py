@@ -9,14 +9,12 @@ from ``<y_i, yhat_i(k)>``, ``|yhat_i(k)|^2`` and ``|y_i|^2``: a search becomes a
 import ctypes
 import functools
 import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import trim_export
+from trim_export.shared_library import load_library
 
 __all__ = ["Curves", "curves", "native_available"]
 
@@ -95,22 +93,12 @@ def _check(weight: Tensor, order: Tensor, inputs: Tensor) -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    # An editable install has two directories under this package's name: the checkout and, with the compiled library,
-    # the one in site-packages. Both are in __path__.
-    for folder in trim_export.__path__:
-        path = Path(folder, "native", "libtrim_curves.so")
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            warnings.warn(f"{path} does not load ({error}): slower code is used instead", RuntimeWarning, stacklevel=3)
-            continue
+    library = load_library("native", "libtrim_curves.so")
+    if library is not None:
         tensor, size = ctypes.c_void_p, ctypes.c_int64
         library.trim_curves.argtypes = [tensor] * 4 + [size] * 3 + [tensor] * 2 + [ctypes.c_int]
         library.trim_curves.restype = None
-        return library
-    return None
+    return library
 
 
 def _native_curves(

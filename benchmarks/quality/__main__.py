@@ -65,7 +65,7 @@ def _show(store: Store, markdown: bool) -> None:
             part.box = rich.box.MARKDOWN
         out.print(part, soft_wrap=isinstance(part, str))
     for sentence in plots(store):
-        out.print(sentence, soft_wrap=True)
+        out.print(sentence, soft_wrap=True, markup=False)
 
 
 def _say(line: str) -> None:

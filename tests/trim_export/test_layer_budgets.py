@@ -295,7 +295,7 @@ def test_auto_tries_every_other_budget_and_uniform_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sequences", "split"), [(8, (4, 4)), (20, (5, 4)), (40, (10, 5)), (128, (32, 16)), (512, (32, 64))]
+    ("sequences", "split"), [(8, (4, 4)), (20, (5, 4)), (40, (10, 5)), (128, (32, 16)), (999, (32, 124))]
 )
 def test_sequences_are_split_into_trial_and_held_out(sequences: int, split: tuple[int, int]) -> None:
     assert split_sequences(sequences) == split
@@ -303,7 +303,9 @@ def test_sequences_are_split_into_trial_and_held_out(sequences: int, split: tupl
 
 @pytest.mark.parametrize("sequences", [0, 1, 7])
 def test_too_few_sequences_to_choose_by_are_refused(sequences: int) -> None:
-    with pytest.raises(UsageError, match=rf"needs 8 calibration sequences or more, .* not {sequences}; raise"):
+    with pytest.raises(
+        UsageError, match=rf"needs 8 calibration sequences or more, .* not {sequences}; raise --samples"
+    ):
         split_sequences(sequences)
 
 

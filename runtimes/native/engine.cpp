@@ -1,0 +1,335 @@
+// The C interface: checks every argument, picks the instruction set, and shares the work among threads.
+
+#include "trim_native.h"
+
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace trim {
+namespace {
+
+// ---- instruction sets -------------------------------------------------------------------------------------------
+
+struct Candidate {
+    const Kernels* kernels;
+    bool supported;
+};
+
+// Best first. What is not compiled in is null.
+void list_candidates(Candidate (&candidates)[3]) {
+    candidates[0] = candidates[1] = {nullptr, false};
+    candidates[2] = {&portable_kernels, true};
+#ifdef TRIM_NATIVE_AVX2
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    candidates[1] = {&avx2_kernels, avx2};
+#ifdef TRIM_NATIVE_AVX512
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+    candidates[0] = {&avx512_kernels, avx2 && avx512};
+#endif
+#endif
+}
+
+const Kernels* best_kernels() {
+    Candidate candidates[3];
+    list_candidates(candidates);
+    const Candidate* candidate = candidates;
+    while (!candidate->supported) ++candidate;
+    return candidate->kernels;
+}
+
+std::atomic<const Kernels*> kernels_in_use{best_kernels()};
+
+// ---- checks -----------------------------------------------------------------------------------------------------
+
+constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();  // also columns and tokens
+constexpr std::int32_t kMostThreads = 4096;
+constexpr std::size_t kValueBytes[] = {4, 2, 2, 1};
+
+bool aligned(const void* array, std::size_t bytes) {
+    return array != nullptr && reinterpret_cast<std::uintptr_t>(array) % bytes == 0;
+}
+
+std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
+
+// Fills in `matrix`, whose arrays then have the sizes that the kernels rely on.
+std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
+    if (given.rows < 1 || given.columns < 1 || given.rows > kMostRows || given.columns > kMostRows ||
+        given.value_type < TRIM_NATIVE_F32 || given.value_type > TRIM_NATIVE_I8) {
+        return TRIM_NATIVE_NO_MATRIX;
+    }
+    matrix = {given.rows,        given.columns,    divide_up(given.rows, kGroupRows),
+              divide_up(given.columns, kWordColumns), given.order, given.mask,
+              given.group_start, given.values,     given.scales};
+    const std::size_t value_bytes = kValueBytes[given.value_type];
+    const bool scaled = given.value_type == TRIM_NATIVE_I8;
+    if (!aligned(given.order, 4) || given.order_size != matrix.rows || !aligned(given.mask, 8) ||
+        given.mask_size != matrix.groups * matrix.words * kGroupRows || !aligned(given.group_start, 8) ||
+        given.group_start_size != matrix.groups + 1 || !aligned(given.values, value_bytes) ||
+        given.values_size < TRIM_NATIVE_TAIL || (given.scales != nullptr) != scaled ||
+        (scaled && (!aligned(given.scales, 4) || given.scales_size != matrix.rows))) {
+        return TRIM_NATIVE_BAD_SIZE;
+    }
+    for (std::int64_t i = 0; i < matrix.rows; ++i) {
+        if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
+    }
+    if (matrix.group_start[0] != 0 || matrix.group_start[matrix.groups] != given.values_size - TRIM_NATIVE_TAIL) {
+        return TRIM_NATIVE_BAD_MASK;
+    }
+    for (std::int64_t group = 0; group < matrix.groups; ++group) {
+        if (matrix.group_start[group] > matrix.group_start[group + 1]) return TRIM_NATIVE_BAD_MASK;
+    }
+    return TRIM_NATIVE_OK;
+}
+
+// ---- threads ----------------------------------------------------------------------------------------------------
+
+// What a thread must at least have to do, in values, for waking it to pay.
+constexpr double kLeastCost = 32768;
+
+// Time that a weight takes whether kept or not (its mask bit), as a share of the time of a kept one.
+constexpr double kDecodeColumnCost = 0.25;
+constexpr double kBatchColumnCost = 0.05;
+
+class Shares {
+  public:
+    Shares(const Matrix& matrix, double column_cost, double tokens, std::int32_t threads)
+        : matrix_(matrix), group_cost_(column_cost * static_cast<double>(kGroupRows * matrix.columns)) {
+        const double most = total() * tokens / kLeastCost;
+        count_ = most < 1 ? 1 : most < threads ? static_cast<std::int32_t>(most) : threads;
+    }
+
+    std::int32_t count() const { return count_; }
+
+    // Contiguous groups of about equal cost; which share a group falls into does not change its result.
+    Span operator[](std::int32_t share) const { return {first_group(share), first_group(share + 1)}; }
+
+  private:
+    double cost_before(std::int64_t group) const {
+        return static_cast<double>(matrix_.group_start[group]) + group_cost_ * static_cast<double>(group);
+    }
+    double total() const { return cost_before(matrix_.groups); }
+
+    std::int64_t first_group(std::int32_t share) const {
+        if (share == count_) return matrix_.groups;
+        const double goal = total() * share / count_;
+        std::int64_t low = 0, high = matrix_.groups;
+        while (low < high) {
+            const std::int64_t middle = low + (high - low) / 2;
+            if (cost_before(middle) < goal) low = middle + 1; else high = middle;
+        }
+        return low;
+    }
+
+    const Matrix& matrix_;
+    double group_cost_;
+    std::int32_t count_;
+};
+
+// Runs work(0), ..., work(count - 1), each on a thread of its own if OpenMP is there; whether all returned true.
+template <typename Work>
+bool run(std::int32_t count, const Work& work) {
+    std::atomic<bool> good{true};
+#pragma omp parallel for num_threads(count) schedule(static, 1) if (count > 1)
+    for (std::int32_t share = 0; share < count; ++share) {
+        if (!work(share)) good.store(false, std::memory_order_relaxed);
+    }
+    return good;
+}
+
+// ---- scratch ----------------------------------------------------------------------------------------------------
+
+constexpr std::size_t kAlignment = 64;
+
+struct FreeAligned {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+};
+
+using Scratch = std::unique_ptr<void, FreeAligned>;
+
+Scratch allocate(std::size_t bytes) {
+    return Scratch(::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow));
+}
+
+std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// ---- one token --------------------------------------------------------------------------------------------------
+
+std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const float* inputs, float* outputs,
+                          std::int32_t threads) {
+    const Scratch arranged = allocate(static_cast<std::size_t>(matrix.words * kWordColumns) * sizeof(float));
+    if (!arranged) return TRIM_NATIVE_NO_MEMORY;
+    float* const x = static_cast<float*>(arranged.get());
+    kernel.arrange(inputs, matrix, x);
+    std::memset(outputs, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
+    const Shares shares(matrix, kDecodeColumnCost, 1, threads);
+    const bool good =
+        run(shares.count(), [&](std::int32_t share) { return kernel.multiply(matrix, shares[share], x, outputs); });
+    return good ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK;
+}
+
+// ---- several tokens ---------------------------------------------------------------------------------------------
+
+// Tokens for which weights are decoded once. More would take more scratch space and gain little.
+constexpr std::int64_t kChunkTokens = 256;
+
+// Calls visit(first token, tokens, tokens that there is room for) for each panel.
+template <typename Visit>
+void for_each_panel(std::int64_t tokens, const Batch& kernel, const Visit& visit) {
+    const std::int64_t vectors = divide_up(tokens, kernel.lanes);
+    for (std::int64_t v = 0, width; v < vectors; v += width) {
+        width = panel_width(vectors - v, kernel.widest);
+        const std::int64_t first = v * kernel.lanes, wide = width * kernel.lanes;
+        visit(first, first + wide < tokens ? wide : tokens - first, wide);
+    }
+}
+
+// Words first..last-1 of all tokens into panels.
+void pack_inputs(const Matrix& matrix, Span words, const float* inputs, std::int64_t tokens, std::int64_t stride,
+                 const Batch& kernel, float* packed) {
+    const std::int64_t padded = matrix.words * kWordColumns;
+    for_each_panel(tokens, kernel, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
+        float* const panel = packed + first * padded;
+        for (std::int64_t word = words.first; word < words.last; ++word) {
+            const std::int64_t begin = word * kWordColumns;
+            const std::int64_t end = begin + kWordColumns < matrix.columns ? begin + kWordColumns : matrix.columns;
+            if (count < wide || end - begin < kWordColumns) {
+                std::memset(panel + begin * wide, 0, static_cast<std::size_t>(kWordColumns * wide) * sizeof(float));
+            }
+            for (std::int64_t t = 0; t < count; ++t) {
+                const float* token = inputs + (first + t) * stride;
+                for (std::int64_t j = begin; j < end; ++j) panel[j * wide + t] = token[j];
+            }
+        }
+    });
+}
+
+// Rows first..last-1 of all tokens out of panels.
+void unpack_outputs(const Matrix& matrix, Span rows, const float* packed, std::int64_t tokens, std::int64_t stride,
+                    const Batch& kernel, float* outputs) {
+    constexpr std::int64_t kRowsAtATime = 16;  // one cache line of outputs
+    for_each_panel(tokens, kernel, [&](std::int64_t first, std::int64_t count, std::int64_t wide) {
+        const float* const panel = packed + first * matrix.rows;
+        for (std::int64_t top = rows.first; top < rows.last; top += kRowsAtATime) {
+            const std::int64_t bottom = top + kRowsAtATime < rows.last ? top + kRowsAtATime : rows.last;
+            for (std::int64_t t = 0; t < count; ++t) {
+                float* token = outputs + (first + t) * stride;
+                for (std::int64_t row = top; row < bottom; ++row) {
+                    token[row] = panel[row * wide + t] * (matrix.scales ? matrix.scales[row] : 1.0f);
+                }
+            }
+        }
+    });
+}
+
+Span part(std::int64_t total, std::int32_t share, std::int32_t count) {
+    return {total * share / count, total * (share + 1) / count};
+}
+
+std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const float* inputs, std::int64_t tokens,
+                            std::int64_t input_stride, float* outputs, std::int64_t output_stride,
+                            std::int32_t threads) {
+    const Shares shares(matrix, kBatchColumnCost, static_cast<double>(tokens), threads);
+    const std::int32_t count = shares.count();
+    const std::int64_t vectors = divide_up(tokens, kernel.lanes);
+    const std::size_t token_bytes = static_cast<std::size_t>(vectors * kernel.lanes) * sizeof(float);
+    const std::size_t input_bytes = round_up(static_cast<std::size_t>(matrix.words * kWordColumns) * token_bytes);
+    const std::size_t output_bytes = round_up(static_cast<std::size_t>(matrix.rows) * token_bytes);
+    const std::size_t tile_bytes = round_up(kernel.scratch_bytes);
+    const Scratch scratch = allocate(input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count));
+    if (!scratch) return TRIM_NATIVE_NO_MEMORY;
+    char* const memory = static_cast<char*>(scratch.get());
+    float* const packed_inputs = reinterpret_cast<float*>(memory);
+    float* const packed_outputs = reinterpret_cast<float*>(memory + input_bytes);
+    char* const tiles = memory + input_bytes + output_bytes;
+
+    run(count, [&](std::int32_t share) {
+        pack_inputs(matrix, part(matrix.words, share, count), inputs, tokens, input_stride, kernel,
+                    packed_inputs);
+        const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, count);
+        std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(bytes.last - bytes.first));
+        return true;
+    });
+    const bool good = run(count, [&](std::int32_t share) {
+        void* const tile = tiles + tile_bytes * static_cast<std::size_t>(share);
+        return kernel.multiply(matrix, shares[share], packed_inputs, packed_outputs, vectors, tile);
+    });
+    if (!good) return TRIM_NATIVE_BAD_MASK;
+    run(count, [&](std::int32_t share) {
+        unpack_outputs(matrix, part(matrix.rows, share, count), packed_outputs, tokens, output_stride, kernel,
+                       outputs);
+        return true;
+    });
+    return TRIM_NATIVE_OK;
+}
+
+}  // namespace
+}  // namespace trim
+
+// ---- the interface ----------------------------------------------------------------------------------------------
+
+std::int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, std::int64_t tokens,
+                                std::int64_t input_stride, float* outputs, std::int64_t output_stride,
+                                std::int32_t threads) {
+    using namespace trim;
+    if (matrix == nullptr) return TRIM_NATIVE_NO_MATRIX;
+    Matrix checked;
+    if (const std::int32_t status = check(*matrix, checked)) return status;
+    if (tokens < 0 || tokens > kMostRows || input_stride < checked.columns || output_stride < checked.rows) {
+        return TRIM_NATIVE_BAD_INPUTS;
+    }
+    if (threads < 1 || threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    if (tokens == 0) return TRIM_NATIVE_OK;
+    if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
+    const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
+    if (tokens == 1) return multiply_one(checked, kernels.decode[matrix->value_type], inputs, outputs, threads);
+    for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
+        const std::int64_t some = first + kChunkTokens < tokens ? kChunkTokens : tokens - first;
+        const std::int32_t status =
+            multiply_chunk(checked, kernels.batch[matrix->value_type], inputs + first * input_stride, some,
+                           input_stride, outputs + first * output_stride, output_stride, threads);
+        if (status) return status;
+    }
+    return TRIM_NATIVE_OK;
+}
+
+const char* trim_native_isa() { return trim::kernels_in_use.load(std::memory_order_relaxed)->name; }
+
+std::int32_t trim_native_select_isa(const char* name) {
+    using namespace trim;
+    if (name == nullptr) {
+        kernels_in_use.store(best_kernels(), std::memory_order_relaxed);
+        return TRIM_NATIVE_OK;
+    }
+    Candidate candidates[3];
+    list_candidates(candidates);
+    for (const Candidate& candidate : candidates) {
+        if (candidate.kernels == nullptr || std::strcmp(candidate.kernels->name, name) != 0) continue;
+        if (!candidate.supported) return TRIM_NATIVE_LACKS_ISA;
+        kernels_in_use.store(candidate.kernels, std::memory_order_relaxed);
+        return TRIM_NATIVE_OK;
+    }
+    return TRIM_NATIVE_UNKNOWN_ISA;
+}
+
+const char* trim_native_message(std::int32_t status) {
+    switch (status) {
+        case TRIM_NATIVE_OK: return "all is well";
+        case TRIM_NATIVE_NO_MATRIX: return "the matrix has no rows, no columns, too many of them, or an unknown type";
+        case TRIM_NATIVE_BAD_SIZE: return "an array of the matrix is missing, misaligned or of the wrong length";
+        case TRIM_NATIVE_BAD_ORDER: return "the order names a row that does not exist";
+        case TRIM_NATIVE_BAD_MASK: return "mask, group starts and values of the matrix disagree";
+        case TRIM_NATIVE_BAD_INPUTS: return "inputs or outputs are missing, too many or their rows overlap";
+        case TRIM_NATIVE_BAD_THREADS: return "the number of threads is not between 1 and 4096";
+        case TRIM_NATIVE_NO_MEMORY: return "there is no memory for the scratch space";
+        case TRIM_NATIVE_UNKNOWN_ISA: return "this build has no such instruction set";
+        case TRIM_NATIVE_LACKS_ISA: return "this processor lacks the instruction set";
+        default: return "an unknown status";
+    }
+}

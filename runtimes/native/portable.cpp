@@ -1,0 +1,90 @@
+// Plain C++, for every processor; also the definition of what an instruction set has to offer.
+
+#include "kernels.h"
+
+namespace trim {
+namespace {
+
+TRIM_INLINE float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+TRIM_INLINE float widen_one(float value) { return value; }
+TRIM_INLINE float widen_one(std::int8_t value) { return value; }
+TRIM_INLINE float widen_one(BFloat16 value) { return from_bits(static_cast<std::uint32_t>(value.bits) << 16); }
+
+// IEEE half precision. Exponent and mantissa keep their places when shifted by 13 bits; 2^112 then corrects the bias,
+// which also makes subnormal numbers right. Infinity and NaN have the largest exponent in both formats.
+TRIM_INLINE float widen_one(Float16 value) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
+    const std::uint32_t rest = value.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    const float scaled = from_bits(rest << 13) * 0x1p112f;
+    return from_bits(sign) + (sign ? -scaled : scaled);
+}
+
+struct Portable {
+    static constexpr std::int64_t kLanes = 8;
+    static constexpr std::int64_t kWidest = 4;     // vectors of a panel: two chains of each should fit the registers
+    static constexpr std::int64_t kTileWords = 2;  // words whose inputs, for a panel, should fit the L1 cache
+
+    // Compilers turn these loops into whatever vectors the processor has.
+    struct Vector { float lanes[kLanes]; };
+
+    static Vector load(const float* source) {
+        Vector vector;
+        std::memcpy(vector.lanes, source, sizeof vector.lanes);
+        return vector;
+    }
+    static void store(float* target, const Vector& vector) { std::memcpy(target, vector.lanes, sizeof vector.lanes); }
+    static Vector broadcast(float value) {
+        Vector vector;
+        for (float& lane : vector.lanes) lane = value;
+        return vector;
+    }
+    static Vector add(Vector a, const Vector& b) {
+        for (std::int64_t i = 0; i < kLanes; ++i) a.lanes[i] += b.lanes[i];
+        return a;
+    }
+    // a * b + c
+    static Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
+        for (std::int64_t i = 0; i < kLanes; ++i) c.lanes[i] += a.lanes[i] * b.lanes[i];
+        return c;
+    }
+
+    // The next kLanes values.
+    template <typename Value>
+    static Vector widen(const Value* values) {
+        Vector vector;
+        for (std::int64_t i = 0; i < kLanes; ++i) vector.lanes[i] = widen_one(values[i]);
+        return vector;
+    }
+
+    // The columns of a mask word that are kept, counted from `first`; may write up to 64 bytes in all.
+    static void store_columns(std::uint64_t bits, std::int64_t first, std::uint8_t* columns) {
+        for (; bits; bits &= bits - 1) *columns++ = static_cast<std::uint8_t>(first + __builtin_ctzll(bits));
+    }
+
+    // A row's sum so far, and how it is made: `add_products` takes one mask word's values off the stream.
+    struct Sum { float value; };
+
+    template <typename Value>
+    static void add_products(std::uint64_t bits, const Value*& values, const float* x, Sum& sum) {
+        float word = 0.0f;
+        for (; bits; bits &= bits - 1) word += widen_one(*values++) * x[__builtin_ctzll(bits)];
+        sum.value += word;
+    }
+    static float total(const Sum& sum) { return sum.value; }
+
+    // How inputs are laid out for `add_products` with values of this type.
+    template <typename Value>
+    static constexpr auto arrangement(const Value*) { return arrange_plainly; }
+};
+
+}  // namespace
+
+extern const Kernels portable_kernels = kernels<Portable>("portable");
+
+}  // namespace trim

@@ -1,0 +1,81 @@
+// C interface of the native CPU engine: y = x W^T for a sparse W stored as `bitmap-4x64`.
+//
+// No Python and no torch in here, so that any host can call it. Every function checks what it is given and answers with
+// a status; memory outside the arrays of a matrix is never touched, whatever they hold.
+//
+// The layout (converters/bitmap_4x64.py makes it). Rows are sorted by how many weights they keep and taken in groups
+// of four; columns are taken in words of 64. A kernel reads both streams strictly forward:
+//
+//                    word 0                        word 1
+//     mask    | row 0 | row 1 | row 2 | row 3 | row 0 | row 1 | ...     64 bits each, column j is bit j % 64
+//     values  | kept of row 0 | of row 1 | ...                          as many as the mask has bits, without gaps
+//              group 0                                            group 1 follows, and so on
+//
+// Rows that fill up the last group, and columns that fill up the last word, have no bits.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TRIM_NATIVE_API __attribute__((visibility("default")))
+
+// How a value is stored. 8-bit integers are multiplied by the scale of their row; the others stand for themselves.
+enum { TRIM_NATIVE_F32, TRIM_NATIVE_BF16, TRIM_NATIVE_F16, TRIM_NATIVE_I8 };
+
+// Values that must be readable behind the last one, whatever they are: a kernel loads whole registers, then selects.
+enum { TRIM_NATIVE_TAIL = 64 };
+
+enum {
+    TRIM_NATIVE_OK,
+    TRIM_NATIVE_NO_MATRIX,     // null, a side that is not positive, or an unknown value type
+    TRIM_NATIVE_BAD_SIZE,      // an array is missing, misaligned or not as long as the sides demand
+    TRIM_NATIVE_BAD_ORDER,     // a row that does not exist
+    TRIM_NATIVE_BAD_MASK,      // mask, group starts and values disagree
+    TRIM_NATIVE_BAD_INPUTS,    // inputs or outputs are missing, or a stride is shorter than a row
+    TRIM_NATIVE_BAD_THREADS,   // fewer than one, or absurdly many
+    TRIM_NATIVE_NO_MEMORY,     // the scratch space cannot be had
+    TRIM_NATIVE_UNKNOWN_ISA,   // no such instruction set in this build
+    TRIM_NATIVE_LACKS_ISA,     // this processor does not have it
+};
+
+// One sparse matrix; sizes count elements. All of it belongs to the caller.
+typedef struct TrimNativeMatrix {
+    int64_t rows, columns;      // below 2^31
+    const int32_t* order;       // [rows]: the row that stands at each place of the layout
+    int64_t order_size;
+    const uint64_t* mask;       // [groups, words, 4], with groups = ceil(rows / 4) and words = ceil(columns / 64)
+    int64_t mask_size;
+    const int64_t* group_start; // [groups + 1]: where the values of each group begin
+    int64_t group_start_size;
+    const void* values;         // [group_start[groups]] and the tail
+    int64_t values_size;        // the tail included
+    const float* scales;        // [rows] for 8-bit integers, in the order of the rows of W; else null
+    int64_t scales_size;
+    int32_t value_type;
+} TrimNativeMatrix;
+
+// outputs[t, i] = sum_j W[i, j] inputs[t, j], summed in float32.
+//
+//     inputs  [tokens, columns], rows `input_stride` apart      outputs [tokens, rows], rows `output_stride` apart
+//
+// The result has the same bits for any number of threads, and for two or more tokens does not depend on how many
+// there are. On an error status outputs hold nothing of use.
+TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
+                                           int64_t input_stride, float* outputs, int64_t output_stride,
+                                           int32_t threads);
+
+// The instruction set in use: "portable", "avx2" or "avx512". The best this processor has, unless one was selected.
+TRIM_NATIVE_API const char* trim_native_isa(void);
+
+// Use the named instruction set from now on, or the best one for null. Not while another thread multiplies.
+TRIM_NATIVE_API int32_t trim_native_select_isa(const char* name);
+
+// What a status means, as the end of a sentence.
+TRIM_NATIVE_API const char* trim_native_message(int32_t status);
+
+#ifdef __cplusplus
+}
+#endif

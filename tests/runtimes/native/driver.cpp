@@ -1,0 +1,271 @@
+// Exercises the engine through its C interface alone: right sums, and a status for everything that is wrong. Built with
+// sanitizers, so that any access outside the arrays, which are allocated to the byte, ends it.
+//
+// Takes names of instruction sets, prints how many checks held, and ends with 1 at the first that did not.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "trim_native.h"
+
+namespace {
+
+long checks = 0;
+
+#define CHECK(condition)                                                              \
+    do {                                                                              \
+        ++checks;                                                                     \
+        if (!(condition)) {                                                           \
+            std::printf("line %d: %s (%s)\n", __LINE__, #condition, trim_native_isa()); \
+            std::exit(1);                                                             \
+        }                                                                             \
+    } while (false)
+
+// An array of exactly its size.
+template <typename T>
+struct Array {
+    std::unique_ptr<T[]> memory;
+    std::int64_t size;
+
+    explicit Array(const std::vector<T>& from)
+        : memory(new T[from.size()]), size(static_cast<std::int64_t>(from.size())) {
+        std::copy(from.begin(), from.end(), memory.get());
+    }
+    T* get() const { return memory.get(); }
+    T& operator[](std::int64_t i) const { return memory[static_cast<std::size_t>(i)]; }
+};
+
+std::mt19937 generator(0);
+
+double uniform() { return std::uniform_real_distribution<double>(-1, 1)(generator); }
+
+struct Value {
+    std::uint32_t bits;
+    double meaning;
+};
+
+// A random value of the type, and what it stands for.
+Value draw(std::int32_t type) {
+    if (type == TRIM_NATIVE_I8) {
+        const int whole = static_cast<int>(uniform() * 127);
+        return {static_cast<std::uint8_t>(whole), static_cast<double>(whole)};
+    }
+    float value = static_cast<float>(uniform());
+    std::uint32_t bits;
+    if (type == TRIM_NATIVE_F16) {
+        const std::uint32_t mantissa = generator() % 1024, exponent = generator() % 16, sign = generator() % 2;
+        const double size =
+            exponent ? std::ldexp(1024.0 + mantissa, static_cast<int>(exponent) - 25) : std::ldexp(mantissa, -24);
+        return {sign << 15 | exponent << 10 | mantissa, sign ? -size : size};
+    }
+    std::memcpy(&bits, &value, sizeof bits);
+    if (type == TRIM_NATIVE_F32) return {bits, value};
+    bits &= 0xffff0000;
+    std::memcpy(&value, &bits, sizeof value);
+    return {bits >> 16, value};
+}
+
+struct Problem {
+    std::int64_t rows, columns;
+    std::int32_t type;
+    std::vector<double> dense;
+    std::vector<float> row_scales;
+    Array<std::int32_t> order{{}};
+    Array<std::uint64_t> mask{{}};
+    Array<std::int64_t> starts{{}};
+    Array<std::uint8_t> values{{}};
+    Array<float> scales{{}};
+    TrimNativeMatrix matrix{};
+
+    Problem(std::int64_t n, std::int64_t k, std::int32_t value_type, double density)
+        : rows(n), columns(k), type(value_type), dense(static_cast<std::size_t>(n * k)) {
+        const std::size_t bytes = type == TRIM_NATIVE_F32 ? 4 : type == TRIM_NATIVE_I8 ? 1 : 2;
+        std::vector<std::int32_t> some_order(static_cast<std::size_t>(rows));
+        std::iota(some_order.begin(), some_order.end(), 0);
+        std::shuffle(some_order.begin(), some_order.end(), generator);
+        std::vector<std::uint64_t> words;
+        std::vector<std::int64_t> begins{0};
+        std::vector<std::uint8_t> stream;
+        for (std::int64_t i = 0; i < rows; ++i) row_scales.push_back(static_cast<float>(uniform()));
+        for (std::int64_t group = 0; group < (rows + 3) / 4; ++group) {
+            for (std::int64_t word = 0; word < (columns + 63) / 64; ++word) {
+                for (std::int64_t i = 4 * group; i < 4 * group + 4; ++i) {
+                    std::uint64_t bits = 0;
+                    for (std::int64_t j = 64 * word; i < rows && j < 64 * word + 64 && j < columns; ++j) {
+                        if (uniform() > 2 * density - 1) continue;
+                        const Value value = draw(type);
+                        const std::int64_t row = some_order[static_cast<std::size_t>(i)];
+                        const double scale = type == TRIM_NATIVE_I8 ? row_scales[static_cast<std::size_t>(row)] : 1.0;
+                        dense[static_cast<std::size_t>(row * columns + j)] = value.meaning * scale;
+                        bits |= std::uint64_t{1} << (j % 64);
+                        for (std::size_t b = 0; b < bytes; ++b) {
+                            stream.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
+                        }
+                    }
+                    words.push_back(bits);
+                }
+            }
+            begins.push_back(static_cast<std::int64_t>(stream.size() / bytes));
+        }
+        // Not numbers: whatever is read there must not reach a sum.
+        stream.resize(stream.size() + TRIM_NATIVE_TAIL * bytes, 0xff);
+        order = Array(some_order), mask = Array(words), starts = Array(begins), values = Array(stream);
+        scales = Array(row_scales);
+        const bool scaled = type == TRIM_NATIVE_I8;
+        matrix = {rows, columns, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
+                  values.get(), values.size / static_cast<std::int64_t>(bytes), scaled ? scales.get() : nullptr,
+                  scaled ? scales.size : 0, type};
+    }
+};
+
+std::vector<float> random_floats(std::int64_t count) {
+    std::vector<float> floats(static_cast<std::size_t>(count));
+    for (float& value : floats) value = static_cast<float>(uniform());
+    return floats;
+}
+
+void check_sums(const Problem& problem, std::int64_t tokens, std::int64_t gap) {
+    const std::int64_t rows = problem.rows, columns = problem.columns;
+    const std::int64_t x_stride = columns + gap, y_stride = rows + gap;
+    const Array<float> x(random_floats(tokens * x_stride - gap));
+    std::vector<float> untouched(static_cast<std::size_t>(tokens * y_stride - gap), 7.0f);
+    const Array<float> y(untouched), again(untouched);
+    CHECK(trim_native_linear(&problem.matrix, x.get(), tokens, x_stride, y.get(), y_stride, 1) == TRIM_NATIVE_OK);
+    CHECK(trim_native_linear(&problem.matrix, x.get(), tokens, x_stride, again.get(), y_stride, 3) == TRIM_NATIVE_OK);
+    CHECK(std::memcmp(y.get(), again.get(), sizeof(float) * static_cast<std::size_t>(y.size)) == 0);
+    bool right = true;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t i = 0; i < rows; ++i) {
+            double sum = 0, size = 0;
+            for (std::int64_t j = 0; j < columns; ++j) {
+                const double product = problem.dense[static_cast<std::size_t>(i * columns + j)] * x[t * x_stride + j];
+                sum += product, size += std::fabs(product);
+            }
+            right = right && std::fabs(y[t * y_stride + i] - sum) <= 1e-6 * size;
+        }
+        for (std::int64_t i = rows; t + 1 < tokens && i < y_stride; ++i) right = right && y[t * y_stride + i] == 7.0f;
+    }
+    CHECK(right);
+}
+
+// Whatever the arrays hold: a status or some numbers, but nothing is touched that is not theirs.
+void check_damage(std::int32_t type) {
+    for (std::int64_t tokens : {1, 5}) {
+        Problem problem(11, 150, type, 0.3);
+        const Array<float> x(random_floats(tokens * 150)), y(random_floats(tokens * 11));
+        TrimNativeMatrix m = problem.matrix;
+        const auto run = [&](const TrimNativeMatrix& given) {
+            return trim_native_linear(&given, x.get(), tokens, 150, y.get(), 11, 2);
+        };
+        CHECK(run(m) == TRIM_NATIVE_OK);
+        for (std::int64_t word = 0; word < problem.mask.size; ++word) {
+            const std::uint64_t before = problem.mask[word];
+            problem.mask[word] = ~std::uint64_t{0};
+            CHECK(before == ~std::uint64_t{0} || run(m) == TRIM_NATIVE_BAD_MASK);
+            problem.mask[word] = 0;
+            CHECK(before == 0 || run(m) == TRIM_NATIVE_BAD_MASK);
+            problem.mask[word] = before;
+        }
+        for (std::int64_t group = 0; group < problem.starts.size; ++group) {
+            const std::int64_t before = problem.starts[group];
+            using Limits = std::numeric_limits<std::int64_t>;
+            for (std::int64_t wrong : {before - 1, before + 1, std::int64_t{-1}, Limits::max(), Limits::min()}) {
+                problem.starts[group] = wrong;
+                CHECK(run(m) == TRIM_NATIVE_BAD_MASK);
+            }
+            problem.starts[group] = before;
+        }
+        for (std::int32_t wrong : {-1, 11, std::numeric_limits<std::int32_t>::max()}) {
+            const std::int32_t before = problem.order[4];
+            problem.order[4] = wrong;
+            CHECK(run(m) == TRIM_NATIVE_BAD_ORDER);
+            problem.order[4] = before;
+        }
+        problem.order[4] = problem.order[5];
+        CHECK(run(m) == TRIM_NATIVE_OK);  // a row twice and one never: no harm to memory
+    }
+}
+
+void check_arguments() {
+    const Problem problem(6, 70, TRIM_NATIVE_BF16, 0.3);
+    const Array<float> x(random_floats(140)), y(random_floats(12));
+    const TrimNativeMatrix& good = problem.matrix;
+    const auto refused = [&](std::int32_t status, const auto& change) {
+        TrimNativeMatrix wrong = good;
+        change(wrong);
+        CHECK(trim_native_linear(&wrong, x.get(), 2, 70, y.get(), 6, 1) == status);
+    };
+    CHECK(trim_native_linear(nullptr, x.get(), 2, 70, y.get(), 6, 1) == TRIM_NATIVE_NO_MATRIX);
+    for (std::int64_t side : {std::int64_t{0}, std::int64_t{-6}, std::int64_t{1} << 31, std::int64_t{1} << 62}) {
+        refused(TRIM_NATIVE_NO_MATRIX, [&](TrimNativeMatrix& m) { m.rows = side; });
+        refused(TRIM_NATIVE_NO_MATRIX, [&](TrimNativeMatrix& m) { m.columns = side; });
+    }
+    for (std::int32_t type : {-1, 4}) refused(TRIM_NATIVE_NO_MATRIX, [&](TrimNativeMatrix& m) { m.value_type = type; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.rows = 5; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.columns = 64; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.order = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.order_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.mask = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.mask_size += 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.group_start = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.group_start_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.values = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.values_size = 63; });
+    refused(TRIM_NATIVE_BAD_MASK, [](TrimNativeMatrix& m) { m.values_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { m.scales = x.get(), m.scales_size = 6; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.value_type = TRIM_NATIVE_I8; });
+    const auto misaligned = [](const auto*& array) {
+        array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(array) + 1);
+    };
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { misaligned(m.order); });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { misaligned(m.mask); });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { misaligned(m.group_start); });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) {
+        m.values = static_cast<const char*>(m.values) + 1;
+    });
+    CHECK(trim_native_linear(&good, nullptr, 2, 70, y.get(), 6, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_linear(&good, x.get(), 2, 70, nullptr, 6, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_linear(&good, x.get(), 2, 69, y.get(), 6, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_linear(&good, x.get(), 2, 70, y.get(), 5, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_linear(&good, x.get(), -1, 70, y.get(), 6, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_linear(&good, nullptr, 0, 70, nullptr, 6, 1) == TRIM_NATIVE_OK);
+    for (std::int32_t threads : {0, -1, 4097}) {
+        CHECK(trim_native_linear(&good, x.get(), 2, 70, y.get(), 6, threads) == TRIM_NATIVE_BAD_THREADS);
+    }
+    CHECK(trim_native_select_isa("mmx") == TRIM_NATIVE_UNKNOWN_ISA);
+    for (std::int32_t status = -1; status < 12; ++status) CHECK(std::strlen(trim_native_message(status)) > 0);
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+    for (int n = 1; n < count; ++n) {
+        CHECK(trim_native_select_isa(names[n]) == TRIM_NATIVE_OK);
+        CHECK(std::strcmp(trim_native_isa(), names[n]) == 0);
+        for (std::int32_t type = TRIM_NATIVE_F32; type <= TRIM_NATIVE_I8; ++type) {
+            for (double density : {0.0, 0.05, 0.4, 1.0}) {
+                check_sums(Problem(1, 1, type, density), 1, 0);
+                check_sums(Problem(5, 63, type, density), 2, 3);
+                check_sums(Problem(4, 64, type, density), 1, 0);
+                check_sums(Problem(14, 300, type, density), 1, 1);
+                check_sums(Problem(14, 300, type, density), 19, 0);
+            }
+            check_sums(Problem(531, 200, type, 0.3), 1, 0);  // several blocks of rows, several threads
+            check_sums(Problem(531, 200, type, 0.3), 4, 0);
+            check_sums(Problem(10, 130, type, 0.3), 300, 5);  // several chunks, every width of a panel
+            check_damage(type);
+        }
+    }
+    check_arguments();
+    std::printf("%ld checks held\n", checks);
+    return 0;
+}
