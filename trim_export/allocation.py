@@ -55,7 +55,8 @@ def layer_sparsities(
         inputs: dict[str, InputStatistics] = {}
         if budget.needs_inputs:
             inputs, hidden = _observe(name, block, call, hidden, compute, budget.needs_grams)
-        for part in [[path] for path in linears] if budget.by_projection else [list(linears)] if linears else []:
+        of_block = [[path] for path in linears] if budget.by_projection else [list(linears)]
+        for part in filter(None, of_block):  # a block without matrices has no part
             weights = {path: linears[path].weight.float() for path in part}
             parts.append((index, part))
             measures.append(budget.measure(weights, inputs))

@@ -46,7 +46,7 @@ def choose_budget(
     """Try every candidate with the recipe's own scores, rows and weight update; the LM head stays dense.
 
     The time is that of a pruning run for each candidate, on at most 32 sequences. Beside the model one copy of its
-    blocks' dense weights is held, and the logits of one window.
+    blocks' dense weights is held, and the logits of one sequence.
 
     Args:
         auto: what to try.

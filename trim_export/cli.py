@@ -432,7 +432,7 @@ def _prune(
     from trim_export.forward import choose_compute, choose_device
     from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
-    from trim_export.report import block_table, choice_table, facts, megabytes, summary_table
+    from trim_export.report import block_table, choice_sentence, choice_table, facts, megabytes, summary_table
 
     quiet_transformers()
     begin = time.perf_counter()
@@ -459,6 +459,7 @@ def _prune(
     manifest = artifact.manifest
     choice = manifest.get("layer_choice")
     if choice is not None:
+        out.print(choice_sentence(choice))
         out.print(choice_table(choice))
     out.print(block_table(manifest))
     out.print(summary_table(manifest))

@@ -13,6 +13,7 @@ __all__ = [
     "achieved",
     "bench_table",
     "block_table",
+    "choice_sentence",
     "choice_table",
     "facts",
     "in_order",
@@ -97,16 +98,21 @@ def block_table(manifest: dict[str, Any]) -> Table:
     )
 
 
+def choice_sentence(choice: dict[str, Any]) -> str:
+    """Which layer budget trials chose, and why."""
+    chosen, uniform = choice["chosen"], choice["candidates"][0]
+    best = next(result for result in choice["candidates"] if result["budget"] == chosen)
+    against = "" if best is uniform else f" against uniform {_nats(uniform['kl'])}"
+    sequences = f"{choice['held_out_sequences']} held-out sequences"
+    return f"layer budget: {chosen['name']}, KL {_nats(best['kl'])}{against} on {sequences}"
+
+
 def choice_table(choice: dict[str, Any]) -> Table:
-    """Which layer budget trials chose, and how far from the dense model each candidate's trial ended."""
-    results, chosen = choice["candidates"], choice["chosen"]
-    best = next(result for result in results if result["budget"] == chosen)
-    against = "" if best is results[0] else f" against {results[0]['budget']['name']} {_nats(results[0]['kl'])}"
+    """How far from the dense model each candidate's trial ended."""
     return table(
-        f"layer budget: {chosen['name']}, KL {_nats(best['kl'])}{against} "
-        f"on {choice['held_out_sequences']} held-out sequences",
+        "layer budgets by trial",
         ("candidate", "KL to the dense model"),
-        [(_budget(result["budget"]), _nats(result["kl"])) for result in results],
+        [(_budget(result["budget"]), _nats(result["kl"])) for result in choice["candidates"]],
     )
 
 
