@@ -432,7 +432,7 @@ def _prune(
     from trim_export.forward import choose_compute, choose_device
     from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
-    from trim_export.report import block_table, choice_sentence, choice_table, facts, megabytes, summary_table
+    from trim_export.report import block_table, choice_sentence, choice_table, facts, summary_table
 
     quiet_transformers()
     begin = time.perf_counter()
@@ -455,7 +455,7 @@ def _prune(
     if overwrite:
         remove_artifact(output)
     artifact = prune_model(dense, recipe, tokens, output, compute, resume, _track)
-    finished = time.perf_counter()
+    measured, rows = _cost("prune", begin, calibrated)
     manifest = artifact.manifest
     choice = manifest.get("layer_choice")
     if choice is not None:
@@ -463,16 +463,6 @@ def _prune(
         out.print(choice_table(choice))
     out.print(block_table(manifest))
     out.print(summary_table(manifest))
-    measured: dict[str, Any] = {
-        "seconds": finished - begin,
-        "prune_seconds": finished - calibrated,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    rows = [
-        ("time", f"{measured['seconds']:.1f} s"),
-        ("of it after loading and calibration text", f"{measured['prune_seconds']:.1f} s"),
-        ("peak memory of this process", megabytes(measured["peak_memory_bytes"])),
-    ]
     if text is not None:
         measured["perplexity"] = _perplexity(dense.model, dense.tokenizer, text, 1024, 8, 0)
         rows.append(("perplexity, first 8 x 1024 tokens of --data", f"{measured['perplexity']['value']:.2f}"))
@@ -497,7 +487,7 @@ def _recover(
     from trim_export.models import quiet_transformers
     from trim_export.recover import load_teacher, open_intact
     from trim_export.recover import recover as recover_artifact
-    from trim_export.report import facts, megabytes, recovery_table, summary_table
+    from trim_export.report import facts, recovery_table, summary_table
     from trim_export.runtimes import load
     from trim_export.training import held_out_windows
 
@@ -524,20 +514,10 @@ def _recover(
         remove_artifact(output)
     compute = choose_compute(device, dense.model.dtype)
     recovered = recover_artifact(artifact, dense, recovery, tokens, output, compute, resume, _track)
-    finished = time.perf_counter()
+    measured, rows = _cost("recover", begin, calibrated)
     manifest = recovered.manifest
     out.print(recovery_table(manifest))
     out.print(summary_table(manifest))
-    measured: dict[str, Any] = {
-        "seconds": finished - begin,
-        "recover_seconds": finished - calibrated,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    rows = [
-        ("time", f"{measured['seconds']:.1f} s"),
-        ("of it after loading and calibration text", f"{measured['recover_seconds']:.1f} s"),
-        ("peak memory of this process", megabytes(measured["peak_memory_bytes"])),
-    ]
     if text is not None:
         for when, path in (("before", directory), ("after", output)):
             score = _perplexity(load(path, "dense"), dense.tokenizer, text, 1024, 8, 0)
@@ -545,6 +525,19 @@ def _recover(
             rows.append((f"perplexity {when}, first 8 x 1024 tokens of --data", f"{score['value']:.2f}"))
     out.print(facts("this run", rows))
     return {"artifact": str(output), "sparsity": manifest["sparsity"], "recovery": manifest["recovery"], **measured}
+
+
+def _cost(work: str, begin: float, calibrated: float) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What a run took until now, as JSON and as lines of a table."""
+    from trim_export.report import megabytes
+
+    now = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": now - begin, f"{work}_seconds": now - calibrated, "peak_memory_bytes": peak}, [
+        ("time", f"{now - begin:.1f} s"),
+        ("of it after loading and calibration text", f"{now - calibrated:.1f} s"),
+        ("peak memory of this process", megabytes(peak)),
+    ]
 
 
 def _perplexity(
