@@ -63,9 +63,9 @@ def _show(store: Store, markdown: bool) -> None:
     for part in tables(store):
         if isinstance(part, Table) and markdown:
             part.box = rich.box.MARKDOWN
-        out.print(part, soft_wrap=isinstance(part, str))
+        out.print(part, markup=False, soft_wrap=isinstance(part, str))
     for sentence in plots(store):
-        out.print(sentence, soft_wrap=True, markup=False)
+        out.print(sentence, markup=False, soft_wrap=True)
 
 
 def _say(line: str) -> None:

@@ -70,9 +70,10 @@ def measure(cell: Cell, protocol: Protocol, sources: Sources, directory: Path) -
         directory: an empty one for the artifact.
 
     Returns:
-        ``perplexity``, ``later_perplexity`` and ``machine``; of pruned models ``prune_seconds``, ``sparsity`` as
-        realised, and ``peak_memory_bytes`` of the process up to the end of pruning; if the cell asks for stored forms,
-        ``stored``: form -> bytes and perplexities.
+        ``perplexity``, ``later_perplexity`` and ``machine``; of pruned models ``prune_seconds`` by the clock and
+        ``prune_cpu_seconds`` over all threads (which a busy machine stretches less), ``sparsity`` as realised, and
+        ``peak_memory_bytes`` of the process up to the end of pruning; if the cell asks for stored forms, ``stored``:
+        form -> bytes and perplexities.
 
     Raises:
         ModelError: activations or perplexity are not finite.
@@ -84,6 +85,7 @@ def measure(cell: Cell, protocol: Protocol, sources: Sources, directory: Path) -
     from trim_export.models import decoder_blocks, load_model, projections, quiet_transformers
     from trim_export.prune import prune
 
+    about = _machine(protocol.device)  # now: the checkout may move on while this runs
     quiet_transformers()
     dense = load_model(sources.model)
     model = dense.model
@@ -99,10 +101,11 @@ def measure(cell: Cell, protocol: Protocol, sources: Sources, directory: Path) -
         tokens = calibration_windows(
             sources.calibration, model, dense.tokenizer, recipe.samples, recipe.sequence_length, recipe.seed
         )
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         artifact = prune(dense, recipe, tokens, directory / "artifact", compute)
         found = {
             "prune_seconds": time.perf_counter() - begin,
+            "prune_cpu_seconds": time.process_time() - begin_cpu,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "sparsity": artifact.manifest["sparsity"]["achieved"],
         }
@@ -115,7 +118,7 @@ def measure(cell: Cell, protocol: Protocol, sources: Sources, directory: Path) -
             form: {"matrix_bytes": matrices, "bytes": total} | _perplexities(model, windows)
             for form, matrices, total in stored_as(cell.stored, model, masks, sources.model)
         }
-    return found | {"machine": _machine(protocol.device)}
+    return found | {"machine": about}
 
 
 def _perplexities(model: Any, windows: Any) -> dict[str, float]:
@@ -138,11 +141,14 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout: between releases the version alone does not say what was measured."""
-    run = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or None
+    """Of the checkout, since between releases the version alone does not say what was measured; None outside git."""
+    described = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", "trim_export", "converters", "runtimes").returncode == 1
+    return (described + "-dirty" * changed) or None
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
 
 
 def _reason(status: int, messages: str) -> str:

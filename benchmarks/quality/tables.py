@@ -100,10 +100,12 @@ def verdict(field: list[Contestant]) -> str:
         return "; ".join(f"{contestant} (by {by})" for contestant, by in pairs) or "none"
 
     unbeaten = "; ".join(str(contestant) for contestant, by in beaten.items() if by is None)
+    own_file = "\nThe dense weights were read from a GGUF file: they lie on its grid already, before any form here."
     return (
         f"Pruned, but a quantised dense model is no larger and better: {named(True)}.\n"
         f"Quantised, but a pruned model is no larger and better: {named(False)}.\n"
         f"Beaten by nothing of the other kind: {unbeaten or 'none'}."
+        + (own_file if any(contestant.form == GGUF for contestant in field) else "")
     )
 
 

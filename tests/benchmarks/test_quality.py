@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny_models import tiny_model
@@ -95,7 +95,7 @@ def silent(line: str) -> None:
 
 
 def printed(store: Store) -> str:
-    console = Console(width=240, record=True, file=io.StringIO())
+    console = Console(width=240, file=io.StringIO(), record=True)
     for part in tables(store):
         console.print(part, soft_wrap=isinstance(part, str))
     return console.export_text()
@@ -260,7 +260,6 @@ def test_the_model_holds_each_stored_form_in_turn(kind: str) -> None:
     model, original = tiny_model(kind), tiny_model(kind)
     exact = dict(original.named_parameters())
     names = [f"{block}.{path}" for block, module in decoder_blocks(model).items() for path in projections(module)]
-    names.append("lm_head") if kind == "llama" else None  # any matrix may be among them
     rest = sum(value.numel() for name, value in exact.items() if name.removesuffix(".weight") not in names)
     for form, matrix_bytes, total in stored_as(("bf16", "int3", "int8"), model, dict.fromkeys(names), "tiny"):
         assert total == matrix_bytes + 2 * rest
@@ -269,6 +268,7 @@ def test_the_model_holds_each_stored_form_in_turn(kind: str) -> None:
             assert torch.equal(value, stored(exact[name]).float()), (form, name)
 
 
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(FORMS)),
     st.integers(1, 4),
@@ -313,9 +313,8 @@ def test_eight_bits_of_a_row_by_hand() -> None:
 
 def test_the_tables_say_seed_0_mean_and_ratios(store: Store) -> None:
     store.add({"recipe": None, "perplexity": 20.0, "later_perplexity": 10.0})
-    refit = Row("update=none", "best", {"update": "none"})
-    figures = [(BEST, 0, 30.0), (BEST, 1, 50.0), (BEST, 2, 70.0), (refit, 0, 60.0)]
-    for row, seed, value in figures:
+    none = Row("update=none", "best", {"update": "none"})
+    for row, seed, value in [(BEST, 0, 30.0), (BEST, 1, 50.0), (BEST, 2, 70.0), (none, 0, 60.0)]:
         record = {"prune_seconds": 12.0, "peak_memory_bytes": 2 * 10**9, "sparsity": 0.80001}
         recipe = recipe_settings(Cell(row, 0.8, seed), PROTOCOL)
         store.add({"recipe": recipe, "perplexity": value, "later_perplexity": value / 2} | record)
@@ -355,14 +354,16 @@ def test_the_command_measures_what_is_missing_and_prints(
     assert counter.asked == ["dense", "best at 0.6, seed 0"]
     capsys.readouterr()
     assert main([*where, "--print", "--markdown"]) == 0
-    assert "|best   |      0.6 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ["best", "0.6", "12.00"] in [[cell.strip() for cell in line.split("|")][1:4] for line in out.splitlines()]
     assert len(counter.asked) == 2
 
 
 def test_without_matplotlib_there_is_a_sentence_and_no_plot(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store, two_seeds(), Counter(), say=silent)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert [line for line in plots(store) if "trim-export[bench]" in line] == plots(store)
+    (sentence,) = plots(store)
+    assert "trim-export[bench]" in sentence
     assert list(store.path.parent.glob("*.svg")) == []
 
 
