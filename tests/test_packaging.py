@@ -99,7 +99,7 @@ def test_unpacked_wheel_runs_with_its_library(wheel: Path, tmp_path: Path) -> No
     script = (
         "import trim_export.converters.matrix as matrix, trim_export.curves as curves;"
         "from trim_export.runtimes import pick_runtime;"
-        "print(matrix.__file__, curves.__file__, curves.native_available(), pick_runtime('auto').name, sep='\\n')"
+        "print(matrix.__file__, curves.__file__, curves.native_available(), pick_runtime('native').name, sep='\\n')"
     )
     run = subprocess.run(
         [sys.executable, "-S", "-c", script],

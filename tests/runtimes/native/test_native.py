@@ -357,8 +357,8 @@ def test_the_best_instruction_set_is_in_use_unless_another_was_selected() -> Non
 
 
 @needs_library
-def test_it_is_preferred_where_it_can_execute() -> None:
-    assert pick_runtime("auto").name == "native"
+def test_it_is_there_for_the_processor_and_nothing_else() -> None:
+    assert pick_runtime("native").name == "native"
     assert pick_runtime("auto", "cuda").name == "torch-sparse"
     with pytest.raises(UsageError, match="runtime native executes on cpu, not on cuda; choose another"):
         pick_runtime("native", "cuda")
