@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trim_export.forward import BlockCall, Compute, run_block
+from trim_export.forward import BlockCall, Compute
 from trim_export.layer_budgets import LayerBudget, Uniform, recentre
 from trim_export.models import projections
 from trim_export.progress import Track
 from trim_export.prune_block import require_finite_weight
 from trim_export.recipe import Recipe
-from trim_export.statistics import InputStatistics, collect_inputs
+from trim_export.statistics import InputStatistics, observe_block
 from trim_export.trim import ROW_CAP
 
 __all__ = ["layer_sparsities"]
@@ -54,7 +54,7 @@ def layer_sparsities(
             require_finite_weight(linear, f"{name}.{path}")
         inputs: dict[str, InputStatistics] = {}
         if budget.needs_inputs:
-            inputs, hidden = _observe(name, block, call, hidden, compute, budget.needs_grams)
+            inputs, hidden = observe_block(block, linears, call, hidden, compute, name, budget.needs_grams)
         of_block = [[path] for path in linears] if budget.by_projection else [list(linears)]
         for part in filter(None, of_block):  # a block without matrices has no part
             weights = {path: linears[path].weight.float() for path in part}
@@ -70,19 +70,3 @@ def layer_sparsities(
     for (index, part), sparsity in zip(parts, allocated, strict=True):
         sparsities[index] |= dict.fromkeys(part, sparsity)
     return sparsities
-
-
-def _observe(
-    name: str, block: nn.Module, call: BlockCall, hidden: Tensor, compute: Compute, grams: bool
-) -> tuple[dict[str, InputStatistics], Tensor]:
-    """Input statistics of a block as it stands, and its output."""
-    outputs: list[Tensor] = []
-    inputs = collect_inputs(
-        block,
-        projections(block),
-        lambda: outputs.append(run_block(block, call, hidden, compute)),
-        name,
-        grams,
-        call.joined,
-    )
-    return inputs, outputs[0]

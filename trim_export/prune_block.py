@@ -20,7 +20,7 @@ from trim_export.models import projections
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS, LayerView, keep_best, uniform
 from trim_export.scores import SCORES
-from trim_export.statistics import InputStatistics, collect_inputs, require_all_seen
+from trim_export.statistics import InputStatistics, observe_block, require_all_seen
 from trim_export.streams import observe_dense, observe_pruned
 from trim_export.updates import UPDATES, LayerProblem, Support
 
@@ -58,7 +58,7 @@ def mask_block(
         The pruned block, and its output.
     """
     linears = _finite_projections(name, block)
-    inputs = collect_inputs(block, linears, lambda: run_block(block, call, hidden, compute), name, joined=call.joined)
+    inputs, _ = observe_block(block, linears, call, hidden, compute, name)
     pruned, reports = {}, {}
     for path, linear in linears.items():
         pruned[path], reports[path] = prune_matrix(

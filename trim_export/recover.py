@@ -27,14 +27,14 @@ from trim_export.artifact_writer import Journal, finish_artifact, load_shard_int
 from trim_export.calibration import source_name
 from trim_export.converters import SparseMatrix
 from trim_export.errors import ArtifactError, ModelError, UsageError, choose
-from trim_export.forward import BlockCall, Compute, block_calls, embed, finish_forward, run_block
+from trim_export.forward import Compute, block_calls, embed, finish_forward, run_block
 from trim_export.models import DTYPES, DenseModel, decoder_blocks, load_model, projections
 from trim_export.progress import Track, silently
 from trim_export.prune_block import output_cosine
 from trim_export.reconstruction import reconstruct_block
 from trim_export.runtimes import load
 from trim_export.spp import fine_tune
-from trim_export.statistics import InputStatistics, collect_inputs, input_statistics
+from trim_export.statistics import InputStatistics, input_statistics, observe_block
 from trim_export.storage import sha256_bytes, sha256_file
 from trim_export.training import Training
 
@@ -321,7 +321,8 @@ def _write_units(
                     unit.name, unit.sparse, masks, call, hidden, dense_hidden, recovery.training, compute
                 )
                 journal = replace(journal, losses={**journal.losses, unit.shard: asdict(fit)})
-            inputs, hidden = _observe(unit, masks, call, hidden, compute)
+            pruned = {path: linear for path, linear in projections(unit.sparse).items() if path in masks}
+            inputs, hidden = observe_block(unit.sparse, pruned, call, hidden, compute, unit.name)
             journal = unit.store(journal, artifact, masks, inputs)
         unit.sparse.to("cpu")
         unit.dense.to("cpu")
@@ -331,15 +332,3 @@ def _write_units(
             inputs = {"": input_statistics(states, head.name)}
             journal = head.store(journal, artifact, head.masks(artifact, torch.device("cpu")), inputs)
     return journal
-
-
-def _observe(
-    unit: _Unit, masks: Mapping[str, Tensor], call: BlockCall, hidden: Tensor, compute: Compute
-) -> tuple[dict[str, InputStatistics], Tensor]:
-    """What the pruned layers of a block read, and the block's output."""
-    linears = {path: module for path, module in projections(unit.sparse).items() if path in masks}
-    outputs: list[Tensor] = []
-    inputs = collect_inputs(
-        unit.sparse, linears, lambda: outputs.append(run_block(unit.sparse, call, hidden, compute)), unit.name
-    )
-    return inputs, outputs[0]

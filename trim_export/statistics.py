@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.errors import ModelError
+from trim_export.forward import BlockCall, Compute, run_block
 
-__all__ = ["InputStatistics", "collect_inputs", "input_statistics", "require_all_seen", "require_finite_inputs"]
+__all__ = [
+    "InputStatistics",
+    "collect_inputs",
+    "input_statistics",
+    "observe_block",
+    "require_all_seen",
+    "require_finite_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -125,3 +133,24 @@ def collect_inputs(
         if accumulators[name] not in results:
             results[accumulators[name]] = accumulators[name].finish(f"{block_name}.{name}")
     return {name: results[accumulators[name]] for name in linears}
+
+
+def observe_block(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    call: BlockCall,
+    hidden: Tensor,
+    compute: Compute,
+    name: str,
+    grams: bool = False,
+) -> tuple[dict[str, InputStatistics], Tensor]:
+    """Send all calibration sequences through a block as it stands.
+
+    Returns:
+        Input statistics of ``linears``, as `collect_inputs` gathers them, and the block's output.
+    """
+    outputs: list[Tensor] = []
+    inputs = collect_inputs(
+        block, linears, lambda: outputs.append(run_block(block, call, hidden, compute)), name, grams, call.joined
+    )
+    return inputs, outputs[0]
