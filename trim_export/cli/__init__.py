@@ -1,0 +1,62 @@
+"""The command line: one thin function for each command. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import trim_export
+from trim_export.cli.common import app, err, out
+
+# Each module adds its commands to `app`; --help lists them in this order.
+from trim_export.cli import prune, recover, artifact, measure, generate  # isort: skip  # noqa: F401
+from trim_export.errors import TrimExportError
+
+debug = False
+
+
+def main() -> None:
+    """Entry point: run a command and turn every failure into one sentence and an exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; our own bars know when to be silent
+    try:
+        app()
+    except TrimExportError as error:
+        _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted; an unfinished run continues with --resume", 130, error)
+    except MemoryError as error:
+        _fail("out of memory; an unfinished run continues with --resume, perhaps with fewer --samples", 3, error)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(f"no space left on the disk ({error.filename}); free some, then continue with --resume", 3, error)
+        _fail(str(error), 3, error)
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 70, error)
+
+
+def version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        out.print(trim_export.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_trace: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
+) -> None:
+    """Prune large language models and run the result sparse."""
+    global debug
+    debug = show_trace
+
+
+def _fail(sentence: str, code: int, error: BaseException) -> NoReturn:
+    if debug:
+        err.print_exception()
+    err.print(f"error: {sentence}", markup=False, soft_wrap=True)
+    sys.exit(code)
