@@ -38,7 +38,7 @@ from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
-from trim_export.storage import read_json, refuse_special_files, safe_file
+from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
 
 __all__ = [
     "METHOD",
@@ -365,7 +365,7 @@ def _read_headers(files: Iterable[str]) -> dict[str, _Header]:
     for file in files:
         try:
             with safe_open(file, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
+                for name in tensor_names(Path(file)):
                     if name in headers:
                         raise ArtifactError(f"{file}: {name} is stored a second time; it is in {headers[name].file}")
                     piece = shard.get_slice(name)

@@ -25,7 +25,7 @@ from torch import Tensor
 from trim_export.converters import ENCODINGS, Encoding, SparseMatrix, require_finite
 from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, choose
-from trim_export.storage import read_json, safe_file, sha256_file
+from trim_export.storage import read_json, safe_file, sha256_file, tensor_names
 
 __all__ = [
     "CONFIG",
@@ -187,7 +187,26 @@ def verify_hashes(artifact: Artifact) -> list[str]:
     for file in sorted(artifact.path.iterdir()):
         if file.suffix in (".safetensors", ".bin") and file.name not in artifact.manifest["files"]:
             problems.append(f"{file}: weights that the manifest does not list, which transformers may load instead")
-    return problems or _contradictions(artifact)
+    return problems or [*_stored_twice(artifact), *_contradictions(artifact)]
+
+
+def _stored_twice(artifact: Artifact) -> list[str]:
+    """Tensors of one name in several places, of which any reader may take another."""
+    problems: list[str] = []
+    places: dict[str, Path] = {}
+    for shard in artifact.shards:
+        file = artifact.path / shard
+        try:
+            with safe_open(file, "pt"):
+                names = tensor_names(file)
+        except (ArtifactError, SafetensorError, OSError) as error:
+            problems.append(str(error) if isinstance(error, ArtifactError) else f"{file}: {error}")
+            continue
+        problems += [
+            f"{file}: {name} is stored a second time; it is in {places[name]}" for name in names if name in places
+        ]
+        places |= dict.fromkeys(names, file)
+    return problems
 
 
 def _contradictions(artifact: Artifact) -> list[str]:

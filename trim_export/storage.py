@@ -27,6 +27,7 @@ __all__ = [
     "sha256_bytes",
     "sha256_file",
     "temporary_file",
+    "tensor_names",
     "write_bytes",
     "write_tensors",
 ]
@@ -82,6 +83,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise
 
     _write_atomically(path, write)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file that its library accepts; of two that are equal it reads the last.
+
+    Raises:
+        ArtifactError: a name occurs twice.
+    """
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        names: dict[str, Any] = json.loads(header, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: its header is not sound ({error})") from error
+    return [name for name in names if name != "__metadata__"]
 
 
 def temporary_file(path: Path) -> Path:
