@@ -86,18 +86,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file that its library accepts; of two that are equal it reads the last.
+    """Names of the tensors in a safetensors file, from its header alone; its library checks the rest of it.
 
     Raises:
-        ArtifactError: a name occurs twice.
+        ArtifactError: no header, or a name occurs twice, of which the library would read the last.
     """
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
     try:
-        names: dict[str, Any] = json.loads(header, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError(f"{size} bytes of it in a file of {path.stat().st_size}")
+            header = json.loads(file.read(size), object_pairs_hook=_object)
+        if not isinstance(header, dict):
+            raise TypeError("no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: its header is not sound ({error})") from error
-    return [name for name in names if name != "__metadata__"]
+    return [name for name in header if name != "__metadata__"]
 
 
 def temporary_file(path: Path) -> Path:

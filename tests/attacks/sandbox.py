@@ -6,19 +6,17 @@ limit is refused to it; and any attempt to use the network fails.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import huggingface_hub.constants
 import torch
+from forked import forking, limit_memory
 
 from trim_export.artifact import open_artifact, verify_files
 from trim_export.errors import TrimExportError
@@ -90,11 +88,9 @@ def _work(channel: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     quiet_transformers()
-    os.environ.pop("HF_HUB_OFFLINE", None)  # nothing but our own code keeps it off the network here
+    huggingface_hub.constants.HF_HUB_OFFLINE = False  # nothing but our own code keeps it off the network here
     socket.socket.connect = _no_network  # type: ignore[method-assign, assignment]
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
+    limit_memory(SPARE_BYTES)
     while True:
         try:
             task, arguments = channel.recv()
@@ -114,13 +110,12 @@ def _work(channel: Connection) -> None:
 class Sandbox:
     """One worker, replaced when it dies."""
 
-    def __init__(self, context: ForkServerContext) -> None:
-        self._context = context
+    def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        self._channel, theirs = self._context.Pipe()
-        self._worker = self._context.Process(target=_work, args=(theirs,), daemon=True)
+        self._channel, theirs = forking().Pipe()
+        self._worker = forking().Process(target=_work, args=(theirs,), daemon=True)
         self._worker.start()
         theirs.close()
 
@@ -158,9 +153,7 @@ class Sandbox:
 @contextmanager
 def sandbox() -> Iterator[Sandbox]:
     """A worker for as long as it is needed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    worker = Sandbox(context)
+    worker = Sandbox()
     try:
         yield worker
     finally:
