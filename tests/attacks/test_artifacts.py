@@ -378,7 +378,7 @@ NUMBERS = {
 def test_check_and_convert_find_what_is_no_number(
     abuse: Abuse, attack: Callable[[Abuse], Path], worker: Sandbox, tmp_path: Path
 ) -> None:
-    """Loading does not look at values: it would cost more than all its other checks, and NaN shows in what comes out."""
+    """Loading does not look at values: that would cost more than all its other checks, and NaN shows in the logits."""
     directory = attack(abuse)
     found = worker.run("check", str(directory))
     assert found.kind == "done", found
