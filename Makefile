@@ -8,7 +8,7 @@ native := $(shell find trim_export converters runtimes -name '*.cpp' -o -name '*
 quiet_env := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint demo bench fuzz crash audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,18 @@ demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and r
 bench: setup ## time TRIM's search against the published loop, and pruning with each recipe
 	$(quiet_env) $(bin)/python -m benchmarks.trim_search
 	$(quiet_env) $(bin)/python -m benchmarks.prune_time --blocks 4
+
+fuzz: setup ## 10000 random damages to an artifact, each ending in an error of ours or the same logits (SEED=..., MUTATIONS=...)
+	TRIM_FUZZ_MUTATIONS=$(or $(MUTATIONS),10000) TRIM_FUZZ_SEED=$(or $(SEED),$$(date +%s)) $(quiet_env) \
+		$(bin)/pytest -s tests/attacks/test_mutations.py
+
+crash: setup ## kill pruning and converting 48 times over 12 runs; the bytes must be those of an undisturbed run (SEED=...)
+	TRIM_CRASH_RUNS=12 TRIM_CRASH_KILLS=4 TRIM_CRASH_SEED=$(or $(SEED),$$(date +%s)) $(quiet_env) \
+		$(bin)/pytest -s tests/test_crash.py -k killed
+
+audit: setup ## look the installed packages up in the database of known vulnerabilities (needs the network)
+	$(bin)/pip install --quiet pip-audit
+	$(bin)/pip-audit --skip-editable
 
 clean: ## remove what was built and written here; .venv stays, the next target installs into it again
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)

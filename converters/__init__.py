@@ -6,6 +6,7 @@ by name, so that reading an artifact does not need scipy.
 
 from __future__ import annotations
 
+from trim_export.converters._checks import require_finite
 from trim_export.converters.bitmap import Bitmap
 from trim_export.converters.bitmap_4x64 import Bitmap4x64
 from trim_export.converters.bsr import Bsr
@@ -14,7 +15,18 @@ from trim_export.converters.dense import Dense
 from trim_export.converters.encoding import Encoding, nbytes
 from trim_export.converters.matrix import SparseMatrix
 
-__all__ = ["ENCODINGS", "Bitmap", "Bitmap4x64", "Bsr", "Csr", "Dense", "Encoding", "SparseMatrix", "nbytes"]
+__all__ = [
+    "ENCODINGS",
+    "Bitmap",
+    "Bitmap4x64",
+    "Bsr",
+    "Csr",
+    "Dense",
+    "Encoding",
+    "SparseMatrix",
+    "nbytes",
+    "require_finite",
+]
 
 _KNOWN: tuple[Encoding, ...] = (Bitmap(), Csr(), Bsr(), Bitmap4x64(), Dense())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trim_export.errors import ArtifactError
 
-__all__ = ["FLOATS", "check_shape", "take"]
+__all__ = ["FLOATS", "check_shape", "require_finite", "take"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +45,13 @@ def take(
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArtifactError(f"tensor {name} has shape {list(tensor.shape)}; expected [{expected}]")
     return tensor
+
+
+def require_finite(values: Tensor) -> None:
+    """Refuse (`ArtifactError`) stored values ``[nnz]`` that hold NaN or infinity, which no pruning gives."""
+    # The sum is finite only if all are; it is one fast pass, and overflows for none that a model has.
+    if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+        raise ArtifactError("tensor weight_values holds NaN or infinity")
 
 
 def _words(dtype: torch.dtype) -> str:

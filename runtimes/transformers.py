@@ -6,11 +6,17 @@
 Before any weight is read, each pruned `nn.Linear` is replaced by a placeholder whose parameters have exactly the
 stored shapes (taken from the files' headers); once they are filled, every matrix is decoded, which checks its structure
 in full, and the placeholder gives way to a layer of the chosen runtime. Saving goes the other way, byte for byte.
+
+`load` guards more than `from_pretrained` can: it looks at the directory before transformers opens anything in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +24,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from trim_export.artifact import CONFIG, INDEX, open_artifact, refuse_unfinished, verify_hashes
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
-from trim_export.converters.format import FORMAT_VERSION, METHOD
-from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, choose, first_line
+from trim_export.converters._checks import check_shape
+from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
+from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError, UsageError, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
+from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
 
 __all__ = [
     "METHOD",
@@ -60,39 +69,50 @@ STORED_DTYPES = {
 
 
 def load(
-    directory: Path | str, runtime: str = "auto", dtype: torch.dtype | None = None, device: str = "cpu"
+    directory: Path | str,
+    runtime: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    check_hashes: bool = False,
 ) -> PreTrainedModel:
-    """Load an artifact for execution; never touches the network.
+    """Load an artifact for execution; never touches the network, runs no code of the artifact's and no pickle.
 
     Args:
         directory: the artifact.
         runtime: a name in `RUNTIMES`, or ``auto`` for the best that is available. ``dense`` gives an ordinary model.
         dtype: to compute in; the stored one if None.
         device: to load to.
+        check_hashes: compare every file with the manifest before it is read. The structure of every matrix is
+            checked anyway; only this finds a value that became another. NaN is found by ``trim-export check``.
 
     Raises:
-        ArtifactError: damaged or inconsistent; names file, module and reason.
+        ArtifactError: unfinished, damaged or inconsistent; names file, module and reason.
         UsageError: unknown runtime, or one that does not execute on ``device``.
         EnvironmentLacks: a runtime that is not available here.
     """
     pick_runtime(runtime, torch.device(device).type)
-    if not (Path(directory) / "config.json").is_file():
-        raise ArtifactError(f"{directory}: no config.json, so not a finished artifact")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    root = Path(directory)
+    _refuse_foreign_directory(root)
+    if check_hashes:
+        problems = verify_hashes(open_artifact(root))
+        if problems:
+            raise ArtifactError(problems[0])
+    with _reading(root):
+        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         settings = getattr(config, "quantization_config", None)
         if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
             raise ArtifactError(f"{directory}: config.json does not describe a trim-export artifact")
+        _refuse_incredible_depth(root, config)
         settings["runtime"] = runtime
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory,
+            root,
             config=config,
             dtype=dtype or "auto",
             device_map={"": device} if device != "cpu" else None,
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers says to damaged JSON
-        raise ArtifactError(f"{directory}: cannot be loaded ({first_line(error)})") from error
     model.eval()
     return model
 
@@ -118,6 +138,43 @@ def pick_runtime(name: str, device: str = "cpu") -> Runtime:
 def available_runtimes(device: str = "cpu") -> list[str]:
     """Names of the runtimes that can be used here on this type of device, the preferred one first."""
     return [name for name, runtime in RUNTIMES.items() if device in runtime.devices and runtime.unavailable() is None]
+
+
+def _refuse_foreign_directory(root: Path) -> None:
+    """What is no finished artifact, or leads out of itself, before transformers opens a file of it."""
+    if not root.is_dir():
+        raise ArtifactError(f"{root}: no such directory")
+    refuse_unfinished(root)
+    refuse_special_files(root)
+    if not (root / CONFIG).is_file():
+        raise ArtifactError(f"{root}: no {CONFIG}, so not a finished artifact")
+    read_json(root / CONFIG)
+    if (root / INDEX).is_file():
+        index = read_json(root / INDEX)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict):
+            raise ArtifactError(f"{root / INDEX}: no weight_map")
+        for name in sorted(set(map(str, places.values()))):
+            safe_file(root, name)
+
+
+def _refuse_incredible_depth(root: Path, config: PreTrainedConfig) -> None:
+    """More decoder blocks than stored tensors: transformers would make them all before it looked for their weights."""
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    stored = sum(len(tensor_names(file)) for file in sorted(root.glob("*.safetensors")))
+    if not isinstance(depth, int) or depth > stored:
+        raise ArtifactError(f"{root / CONFIG}: {depth} decoder blocks cannot be made of {stored} stored tensors")
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turn what transformers raises over a directory that it cannot read into one line of ours."""
+    try:
+        yield
+    except (TrimExportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file is answered with nearly any exception
+        raise ArtifactError(f"{root}: cannot be loaded ({first_line(error)})") from error
 
 
 @register_quantization_config(METHOD)
@@ -179,8 +236,10 @@ class _StoredLinear(nn.Module):
         super().__init__()
         self.shape = (linear.out_features, linear.in_features)
         self.file = next(iter(headers.values())).file
+        self.stored_bytes = 0
         for suffix, header in headers.items():
             dtype = STORED_DTYPES[header.dtype]
+            self.stored_bytes += math.prod(header.shape) * dtype.itemsize
             if dtype.is_floating_point:
                 dtype = linear.weight.dtype
             self.register_parameter(
@@ -208,7 +267,9 @@ class TrimSparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        headers = _read_headers(checkpoint_files or [])
+        files = [Path(file) for file in checkpoint_files or []]
+        _refuse_foreign_files(Path(str(model.config.name_or_path)), files)
+        headers = _read_headers(map(str, files))
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name in self.quantization_config.modules:
             path = _name_in(model, name, linears)
@@ -224,8 +285,17 @@ class TrimSparseQuantizer(HfQuantizer):
             odd = [suffix for suffix, header in found.items() if header.dtype not in STORED_DTYPES]
             if odd:
                 raise ArtifactError(f"{found[odd[0]].file}: {name}.{odd[0]} has dtype {found[odd[0]].dtype}")
-            model.set_submodule(path, _StoredLinear(linears[path], found))
+            placeholder = _StoredLinear(linears[path], found)
+            try:
+                check_shape(placeholder.shape, placeholder.stored_bytes)
+            except ArtifactError as error:
+                raise ArtifactError(f"{placeholder.file}: {name}: {error}") from error
+            model.set_submodule(path, placeholder)
         _refuse_incomplete(model, headers)
+        # The guard is for those who load without us.
+        names = [name.removeprefix(f"{model.base_model_prefix}.") for name in guard(self.quantization_config.modules)]
+        ignored = {rf"(^|\.){re.escape(name)}$" for name in names}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         runtime = None
@@ -254,7 +324,7 @@ class TrimSparseQuantizer(HfQuantizer):
                 encoding = Bsr(module.block) if module.block else self.encoding
                 encoded = encoding.encode(module.matrix())
                 state |= {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
-        return state, {}
+        return guard(self.quantization_config.modules) | state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # transformers passes what config.json says, as a name once the model was saved
@@ -275,12 +345,28 @@ class TrimSparseQuantizer(HfQuantizer):
         return True
 
 
+def _refuse_foreign_files(source: Path, files: Sequence[Path]) -> None:
+    """Shards that an index names outside the directory that is loaded, or that are no plain files in it."""
+    folders = {os.path.abspath(file.parent) for file in files}
+    if source.is_dir():
+        outside = sorted(folder for folder in folders if not Path(folder).is_relative_to(os.path.abspath(source)))
+    else:  # an id on the hub, whose files lie in one folder of its cache
+        outside = sorted(folders)[1:]
+    if outside:
+        raise ArtifactError(f"{source}: its index names files outside of it, in {outside[0]}")
+    for file in files:
+        refuse_unfinished(file.parent)
+        safe_file(file.parent, file.name)
+
+
 def _read_headers(files: Iterable[str]) -> dict[str, _Header]:
-    headers = {}
+    headers: dict[str, _Header] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
+                for name in tensor_names(Path(file)):
+                    if name in headers:
+                        raise ArtifactError(f"{file}: {name} is stored a second time; it is in {headers[name].file}")
                     piece = shard.get_slice(name)
                     headers[name] = _Header(file, tuple(piece.get_shape()), piece.get_dtype())
         except (SafetensorError, OSError) as error:

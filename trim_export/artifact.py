@@ -13,6 +13,7 @@ finished. A directory without manifest is unfinished and is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +22,37 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trim_export.converters import ENCODINGS, Encoding, SparseMatrix
-from trim_export.converters.format import FORMAT_VERSION
+from trim_export.converters import ENCODINGS, Encoding, SparseMatrix, require_finite
+from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, choose
-from trim_export.storage import read_json, safe_file, sha256_file
+from trim_export.storage import read_json, safe_file, sha256_file, tensor_names
 
 __all__ = [
+    "CONFIG",
     "FORMAT_VERSION",
     "HEAD",
+    "INDEX",
     "JOURNAL",
     "MANIFEST",
     "REST",
     "Artifact",
     "block_shard",
     "open_artifact",
+    "refuse_unfinished",
     "verify_files",
+    "verify_hashes",
 ]
 
 MANIFEST = "trim_manifest.json"
 JOURNAL = "trim_journal.json"
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 HEAD = "head.safetensors"
 REST = "rest.safetensors"
+
+# A dotted path of Python names; converters make files of it.
+MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+QUALITY = ("target_sparsity", "cosine", "cosine_uniform")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class Artifact:
                     if f"{name}.{suffix}" in stored
                 }
             matrix = self.encoding.decode(tensors, tuple(entry["shape"]))
+            require_finite(matrix.values)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{where}: {error}") from error
         except ArtifactError as error:
@@ -100,7 +111,9 @@ class Artifact:
 
     def dense_tensors(self, file: str) -> dict[str, Tensor]:
         """The tensors of one shard that do not belong to a pruned matrix (norms, biases, embeddings)."""
-        encoded = {f"{name}.{suffix}" for name in self.modules for suffix in self.encoding.tensors}
+        # "weight" for the guard, which whoever writes an artifact adds anew.
+        suffixes = {*self.encoding.tensors, "weight"}
+        encoded = {f"{name}.{suffix}" for name in self.modules for suffix in suffixes}
         path = safe_file(self.path, file)
         try:
             with safe_open(path, "pt") as shard:
@@ -125,7 +138,7 @@ def open_artifact(path: Path | str) -> Artifact:
         raise ArtifactError(f"{path}: no such directory")
     if not (path / MANIFEST).is_file():
         raise ArtifactError(_why_unfinished(path))
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(safe_file(path, MANIFEST))
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise ArtifactError(f"{path / MANIFEST}: no format_version")
@@ -137,9 +150,30 @@ def open_artifact(path: Path | str) -> Artifact:
     return Artifact(path, manifest)
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Refuse (`ArtifactError`) a directory that a run is still writing, or was when it was killed."""
+    if (path / JOURNAL).exists() and not (path / MANIFEST).exists():
+        raise ArtifactError(_why_unfinished(path))
+
+
 def verify_files(artifact: Artifact) -> list[str]:
     """Compare every file with its recorded size and hash, then decode every matrix; returns what is wrong."""
-    problems = []
+    problems = verify_hashes(artifact)
+    for name, entry in artifact.modules.items():
+        try:
+            artifact.matrix(name, entry)
+        except ArtifactError as error:
+            problems.append(str(error))
+    return problems
+
+
+def verify_hashes(artifact: Artifact) -> list[str]:
+    """Compare every file with its recorded size and hash, and config.json with the manifest; returns what is wrong."""
+    problems = [
+        f"{artifact.path / MANIFEST}: does not list {name}, on which loading depends"
+        for name in (CONFIG, INDEX)
+        if name not in artifact.manifest["files"]
+    ]
     for name, entry in artifact.manifest["files"].items():
         try:
             file = safe_file(artifact.path, name)
@@ -153,11 +187,48 @@ def verify_files(artifact: Artifact) -> list[str]:
     for file in sorted(artifact.path.iterdir()):
         if file.suffix in (".safetensors", ".bin") and file.name not in artifact.manifest["files"]:
             problems.append(f"{file}: weights that the manifest does not list, which transformers may load instead")
-    for name, entry in artifact.modules.items():
+    return problems or [*_stored_twice(artifact), *_contradictions(artifact)]
+
+
+def _stored_twice(artifact: Artifact) -> list[str]:
+    """Tensors of one name in several places, of which any reader may take another."""
+    problems: list[str] = []
+    places: dict[str, Path] = {}
+    for shard in artifact.shards:
+        file = artifact.path / shard
         try:
-            artifact.matrix(name, entry)
-        except ArtifactError as error:
-            problems.append(str(error))
+            with safe_open(file, "pt"):
+                names = tensor_names(file)
+        except (ArtifactError, SafetensorError, OSError) as error:
+            problems.append(str(error) if isinstance(error, ArtifactError) else f"{file}: {error}")
+            continue
+        problems += [
+            f"{file}: {name} is stored a second time; it is in {places[name]}" for name in names if name in places
+        ]
+        places |= dict.fromkeys(names, file)
+    return problems
+
+
+def _contradictions(artifact: Artifact) -> list[str]:
+    """Where config.json, by which transformers loads, says other than the manifest; both may have the right hash."""
+    file = artifact.path / CONFIG
+    config = read_json(file)
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        return [f"{file}: does not describe a trim-export artifact"]
+    expected = {
+        "quant_method": METHOD,
+        "format_version": artifact.manifest["format_version"],
+        "encoding": artifact.manifest["encoding"],
+    }
+    problems = [
+        f"{file}: {key} {settings.get(key)!r}, the manifest says {value!r}"
+        for key, value in expected.items()
+        if settings.get(key) != value
+    ]
+    listed = settings.get("modules")
+    if not isinstance(listed, list) or sorted(map(str, listed)) != sorted(artifact.modules):
+        problems.append(f"{file}: names other pruned modules than the manifest")
     return problems
 
 
@@ -196,7 +267,13 @@ def _check_form(file: Path, manifest: dict[str, Any]) -> None:
             valid = all(type(number) is int and number > 0 for number in (rows, columns))
             if not (valid and type(entry["nnz"]) is int and 0 <= entry["nnz"] <= rows * columns):
                 raise TypeError(f"module {name}")
+            if not MODULE_NAME.fullmatch(name):
+                raise TypeError(f"module {name!r}: not a name")
             if entry["file"] not in manifest["files"]:
                 raise TypeError(f"module {name}: its file is not listed")
+            rows_of = entry["row_sparsity"]
+            quality = *(rows_of[key] for key in ("min", "median", "max")), *(entry[key] for key in QUALITY)
+            if not all(isinstance(number, int | float) for number in quality):
+                raise TypeError(f"module {name}: sparsities or cosines")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{file}: malformed ({type(error).__name__}: {error})") from error

@@ -21,8 +21,8 @@ from torch import nn
 import trim_export
 from trim_export.artifact import INDEX, JOURNAL, MANIFEST, REST, Artifact, open_artifact
 from trim_export.converters import ENCODINGS, SparseMatrix
-from trim_export.converters.format import FORMAT_VERSION, METHOD
-from trim_export.errors import ArtifactError, UsageError
+from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
+from trim_export.errors import ArtifactError, ModelError, UsageError
 from trim_export.models import DenseModel, dtype_name, projections, unique_tensors
 from trim_export.recipe import fingerprint, first_difference
 from trim_export.report import achieved, in_order, model_card
@@ -165,6 +165,8 @@ def write_unit(
         module = _join(name, path)
         del tensors[f"{module}.weight"]
         stored = SparseMatrix(matrix.mask.cpu(), matrix.values.cpu())
+        if not stored.values.isfinite().all():
+            raise ModelError(f"{module}: kept weights overflow {dtype_name(stored.values.dtype)}; use --dtype float32")
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in ENCODING.encode(stored).items()}
     write_tensors(journal.out / file, tensors)
     modules = {_join(name, path): {"file": file, **report} for path, report in reports.items()}
@@ -204,9 +206,9 @@ def finish_artifact(
             if not any(name.startswith(f"{unit}.") for unit in units)
         }
     )
-    write_tensors(journal.out / REST, rest)
     # In one order whether or not the journal was read back from disk on the way.
     modules = dict(in_order({n: entry for shard in journal.shards.values() for n, entry in shard["modules"].items()}))
+    write_tensors(journal.out / REST, rest | guard(list(modules)))
     write_description(journal.out, dense, sparse_config(list(modules), ENCODING.name))
     write_index(journal.out)
     facts = {

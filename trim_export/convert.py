@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trim_export.artifact import INDEX, MANIFEST, Artifact
+from trim_export.artifact import INDEX, MANIFEST, REST, Artifact
 from trim_export.artifact_writer import achieved_sparsity, sparse_config, write_index, write_manifest
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
+from trim_export.converters.format import guard
 from trim_export.errors import UsageError, choose
-from trim_export.storage import canonical_json, read_json, write_bytes, write_tensors
+from trim_export.storage import canonical_json, read_json, safe_file, write_bytes, write_tensors
 
 __all__ = ["TARGETS", "convert"]
 
@@ -71,7 +72,7 @@ def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) ->
         modules[name] = artifact.modules[name] | {"nnz": encoding.decode(tensors, matrix.shape).nnz}
         return tensors
 
-    _rewrite_shards(artifact, out, encode)
+    _rewrite_shards(artifact, out, encode, guard(list(artifact.modules)))
     write_index(out)
     facts = {key: value for key, value in artifact.manifest.items() if key not in ("files", "bytes")}
     facts |= {"encoding": encoding.name, "modules": modules}
@@ -95,9 +96,15 @@ def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None) -> No
         write_tensors(out / shard, artifact.dense_tensors(shard))
 
 
-def _rewrite_shards(artifact: Artifact, out: Path, encode: Callable[[str, SparseMatrix], dict[str, Tensor]]) -> None:
+def _rewrite_shards(
+    artifact: Artifact,
+    out: Path,
+    encode: Callable[[str, SparseMatrix], dict[str, Tensor]],
+    more: dict[str, Tensor] | None = None,
+) -> None:
+    """Write each shard with its matrices encoded anew; ``more`` goes to the tensors that belong to no block."""
     for shard in artifact.shards:
-        tensors = artifact.dense_tensors(shard)
+        tensors = artifact.dense_tensors(shard) | (more or {} if shard == REST else {})
         for name, entry in artifact.modules.items():
             if entry["file"] == shard:
                 encoded = encode(name, artifact.matrix(name, entry))
@@ -110,8 +117,8 @@ def _copy_description(artifact: Artifact, out: Path, quantization_config: dict[s
     for name in artifact.manifest["files"]:
         if name.endswith(".safetensors") or name in (INDEX, MANIFEST, "README.md", "config.json"):
             continue
-        write_bytes(out / name, (artifact.path / name).read_bytes())
-    config = read_json(artifact.path / "config.json")
+        write_bytes(out / name, safe_file(artifact.path, name).read_bytes())
+    config = read_json(safe_file(artifact.path, "config.json"))
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config

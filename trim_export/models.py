@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from trim_export.errors import EnvironmentLacks, ModelError, TrimExportError, UsageError, choose, first_line
-from trim_export.storage import sha256_bytes, sha256_file
+from trim_export.errors import (
+    ArtifactError,
+    EnvironmentLacks,
+    ModelError,
+    TrimExportError,
+    UsageError,
+    choose,
+    first_line,
+)
+from trim_export.gguf_header import check_gguf
+from trim_export.storage import SAFE_NAME, read_json, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "DTYPES",
@@ -60,7 +70,7 @@ class DenseModel:
 
 
 def load_model(source: str, dtype: str = "auto") -> DenseModel:
-    """Load a dense causal language model.
+    """Load a dense causal language model; runs no code that comes with it and reads no pickle.
 
     Args:
         source: a Hugging Face directory, a ``.gguf`` file, a hub id, or a bundled name (``smollm2-135m``).
@@ -71,14 +81,22 @@ def load_model(source: str, dtype: str = "auto") -> DenseModel:
         ModelError: already pruned, or not readable.
         EnvironmentLacks: a package that the source needs is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     wanted = "auto" if dtype == "auto" else choose("dtype", dtype, DTYPES)
     location, weights, gguf = _locate(source)
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    options = _options(location, gguf)
     with _reading(source):
+        if not gguf:
+            _refuse_incredible(weights, AutoConfig.from_pretrained(location, **options))
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=wanted,
+            output_loading_info=True,
+            **options,
+            **({} if gguf else {"use_safetensors": True}),
+        )
     model, report = loaded
     if report["missing_keys"]:
         # transformers warns and fills them with random numbers.
@@ -93,12 +111,14 @@ def load_skeleton(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, to
     """The model without its weights, on the meta device, and the dtype that `load_model` would give it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    location, _, gguf = _locate(source)
+    location, weights, gguf = _locate(source)
     with _reading(source):
-        config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf} if gguf else {}))
+        config = AutoConfig.from_pretrained(location, **_options(location, gguf))
+        if not gguf:
+            _refuse_incredible(weights, config)
     stored = torch.float32 if gguf else (config.dtype or torch.float32)
     with _reading(source), torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return skeleton, stored if dtype == "auto" else choose("dtype", dtype, DTYPES)
 
 
@@ -176,7 +196,9 @@ def _reading(source: str) -> Iterator[None]:
     """Turn what transformers raises over a source it cannot read into one line of ours."""
     try:
         yield
-    except TrimExportError:
+    except ArtifactError as error:  # of the files that both kinds of directory have
+        raise ModelError(str(error)) from error
+    except (TrimExportError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
         raise EnvironmentLacks(f"{source}: {first_line(error)}") from error
@@ -199,6 +221,10 @@ def _locate(source: str) -> tuple[str, Path, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"{source}: no such file")
+        with _reading(source):
+            from gguf import GGML_QUANT_SIZES
+
+            check_gguf(path, {int(kind): layout for kind, layout in GGML_QUANT_SIZES.items()})
         return str(path.parent), path, path.name
     if path.is_dir():
         _weight_files(path, source)
@@ -214,14 +240,49 @@ def _locate(source: str) -> tuple[str, Path, str | None]:
     return source, Path(str(config)).parent, None  # its weights arrive there when transformers loads them
 
 
+def _options(location: str, gguf: str | None) -> dict[str, Any]:
+    """What every call of transformers gets: no code of the model's, and no network for what is here."""
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": Path(location).is_dir()}
+    return options | ({"gguf_file": gguf} if gguf else {})
+
+
+def _refuse_incredible(weights: Path, config: PreTrainedConfig) -> None:
+    """What would lead transformers out of the directory, make it wait for ever, or build blocks without end.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    files = sorted(weights.glob("*.safetensors"))
+    if not files:
+        return  # of a hub id: they arrive when transformers loads them
+    for file in [*files, *weights.glob("*.json")]:
+        if not file.is_file():
+            raise ModelError(f"{file}: not a regular file")
+    stored = 0
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            stored += len(shard.keys())
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth > stored:
+        raise ModelError(f"{weights / 'config.json'}: {depth} decoder blocks cannot be made of {stored} stored tensors")
+    index = weights / "model.safetensors.index.json"
+    named = [getattr(config, "transformers_weights", None) or files[0].name]
+    if index.exists():
+        named += read_json(index)["weight_map"].values()
+    for name in named:
+        if not (isinstance(name, str) and SAFE_NAME.fullmatch(name)):
+            raise ModelError(f"{weights}: unsafe file name {name!r} of weights")
+
+
 def _weight_files(weights: Path, source: str) -> list[Path]:
     if weights.is_file():
         return [weights]
     if not (weights / "config.json").is_file():
         raise UsageError(f"{source}: a directory without config.json is not a model")
-    files = sorted([*weights.glob("*.safetensors"), *weights.glob("pytorch_model*.bin")])
+    files = sorted(weights.glob("*.safetensors"))
     if not files:
-        raise UsageError(f"{source}: a model directory without weights")
+        pickles = " in safetensors files; its .bin files are pickles, which can run code and are not read"
+        raise UsageError(f"{source}: a model directory without weights{pickles if any(weights.glob('*.bin')) else ''}")
     if (weights / "trim_manifest.json").exists():
         raise ModelError(f"{source}: already pruned by trim-export; give the dense model")
     return files

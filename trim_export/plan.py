@@ -1,25 +1,55 @@
-"""What a pruning run will need, predicted from the configuration before any weight is read."""
+"""What a pruning run will need, predicted from the configuration before any weight is read.
+
+Time is counted in multiplications, of which matrix products make nearly all, and divided by the speed of a short
+product on this machine. What a run takes beside products is in the constants below, which are fitted to measured runs:
+after a change that makes pruning faster or slower they are what to adjust.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trim_export.forward import TOKENS_PER_BATCH, Compute
+from trim_export.layer_budgets import Auto, split_sequences
 from trim_export.models import decoder_blocks, projections
 from trim_export.recipe import Recipe
+from trim_export.row_budgets import ROW_BUDGETS
+from trim_export.scores import SCORES
 
 __all__ = ["Plan", "predict"]
 
 PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": 32, "fista": 80}
 """About how many products rows x columns x columns each weight update makes for a matrix."""
 
+FORWARD = 1.3
+"""Time of a decoder block's forward pass in that of its matrix products; the rest is attention and norms."""
+
+UPDATE_PASSES = 1.4
+"""Passes that an update adds: the dense stream, and parts of the block again for each group of layers."""
+
+UPDATE_COPIES = 1.8
+"""How often an update holds each of a block's inputs and both streams (from two measured peaks of SmolLM2)."""
+
+GRAM_PRODUCTS = 2.0
+"""Products tokens x columns x columns for each distinct input of a block: its Gram matrix and that with the dense."""
+
+BACKWARD_PASSES = 3.0
+"""A backward pass with its forward pass, in forward passes."""
+
+SEARCH_OPERATIONS = 3.5e3
+"""Work of a row budget's search for each weight, in operations (TRIM: 11.5 ms for 331 776 weights, at 100 G/s)."""
+
 PROCESS_BYTES = 700_000_000
 """Python with torch and transformers imported, before a model is loaded (measured: 0.6 to 0.7 GB)."""
+
+THREAD_YIELD = 0.95
+"""Speed that each thread of the processor adds to a matrix product, in that of one thread alone."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +62,7 @@ class Plan:
         dense_bytes: weight files of the dense model.
         artifact_bytes: weight files of the artifact.
         peak_memory_bytes: of the host process.
-        seconds: of pruning, from a short matrix multiplication on this machine.
+        seconds: of pruning, when nothing else runs on this machine.
     """
 
     parameters: int
@@ -47,6 +77,41 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Shapes:
+    """What of a model decides costs.
+
+    Attributes:
+        blocks: number of decoder blocks.
+        matrices: rows and columns of each prunable matrix.
+        features: of the residual stream.
+        vocabulary: rows of the LM head.
+    """
+
+    blocks: int
+    matrices: Sequence[tuple[int, int]]
+    features: int
+    vocabulary: int
+
+    @property
+    def prunable(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def largest(self) -> int:
+        return max(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def widest(self) -> int:
+        return max(max(sides) for sides in self.matrices)
+
+    @property
+    def inputs(self) -> list[int]:
+        """Widths of a block's distinct inputs: three of the residual stream's (attention, its output, MLP), one of the
+        MLP's."""
+        return [self.features, self.features, self.features, max(columns for _, columns in self.matrices)]
+
+
 def predict(skeleton: nn.Module, dtype: torch.dtype, recipe: Recipe, compute: Compute) -> Plan:
     """Predict from a model on the meta device.
 
@@ -57,51 +122,105 @@ def predict(skeleton: nn.Module, dtype: torch.dtype, recipe: Recipe, compute: Co
         compute: where the forward will run.
     """
     blocks = list(decoder_blocks(skeleton).values())
-    matrices = [linear.weight for block in blocks for linear in projections(block).values()]
+    weights: list[Tensor] = [linear.weight for block in blocks for linear in projections(block).values()]
+    config = skeleton.config.get_text_config()  # type: ignore[operator, union-attr]
+    shapes = _Shapes(
+        len(blocks), [(int(w.shape[0]), int(w.shape[1])) for w in weights], config.hidden_size, config.vocab_size
+    )
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    prunable = sum(matrix.numel() for matrix in matrices)
     dense_bytes = parameters * dtype.itemsize
-    mask_bytes = sum(matrix.shape[0] * -(-matrix.shape[1] // 8) for matrix in matrices)
-    artifact_bytes = dense_bytes - round(prunable * recipe.sparsity * dtype.itemsize) + mask_bytes
-    tokens = recipe.samples * recipe.sequence_length
-    widest = max(max(matrix.shape) for matrix in matrices)
-    features = skeleton.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
-    hidden = 2 * tokens * features * dtype.itemsize
-    batch = 8 * min(tokens, TOKENS_PER_BATCH) * widest * 4
-    # The largest matrix at once as float32 weight, score, int64 order, its mask, and the curves' two arrays.
-    search = max(matrix.numel() for matrix in matrices) * (4 + 4 + 8 + 8 + 4 + 8)
-    # A decoder pass multiplies every weight with every token; a third more goes into attention and norms.
-    passes = 3 if recipe.layers.needs_inputs else 2
-    operations = 1.3 * 2 * prunable * tokens * passes
-    if recipe.update != "none":
-        # The dense stream, a partial pass for each group of layers, and two Gram matrices of each distinct input: three
-        # as wide as the residual stream (attention, its output, the MLP) and one as wide as the MLP.
-        inputs = [features, features, features, max(matrix.shape[1] for matrix in matrices)]
-        operations += 1.3 * 2 * prunable * tokens * 1.4
-        operations += len(blocks) * sum(4.0 * tokens * width**2 for width in inputs)
-        operations += sum(2.0 * PRODUCTS[recipe.update] * m.numel() * m.shape[1] for m in matrices)
-        hidden += tokens * (sum(inputs) + 2 * features) * 4
-        search += 3 * widest**2 * 4 + 10 * max(matrix.numel() for matrix in matrices) * 4
+    mask_bytes = sum(rows * -(-columns // 8) for rows, columns in shapes.matrices)
     return Plan(
         parameters=parameters,
-        prunable=prunable,
+        prunable=shapes.prunable,
         dense_bytes=dense_bytes,
-        artifact_bytes=artifact_bytes,
-        peak_memory_bytes=PROCESS_BYTES + dense_bytes + hidden + batch + search,
-        seconds=operations / _multiplication_rate(compute, dtype),
+        artifact_bytes=dense_bytes - round(shapes.prunable * recipe.sparsity * dtype.itemsize) + mask_bytes,
+        peak_memory_bytes=PROCESS_BYTES + dense_bytes + _working_bytes(shapes, dtype, recipe),
+        seconds=_operations(shapes, recipe) / _multiplication_rate(compute, dtype),
     )
+
+
+def _operations(shapes: _Shapes, recipe: Recipe) -> float:
+    """Of a whole run: scores that need gradients, the layer budget, and the sweep over the blocks."""
+    tokens = recipe.samples * recipe.sequence_length
+    operations = _sweep(shapes, recipe, tokens)
+    if SCORES[recipe.score].needs_gradients:
+        operations += BACKWARD_PASSES * _model_pass(shapes, tokens)
+    if recipe.layers.needs_inputs:
+        operations += _block_pass(shapes, tokens)
+    if isinstance(recipe.layers, Auto):
+        sequence = max(recipe.sequence_length, recipe.context_length)
+        trial, held_out = split_sequences(max(tokens // sequence, 8))
+        each = _sweep(shapes, recipe, trial * sequence) + _model_pass(shapes, held_out * sequence)
+        operations += len(recipe.layers.candidates) * each + _model_pass(shapes, held_out * sequence)
+    return operations
+
+
+def _sweep(shapes: _Shapes, recipe: Recipe, tokens: int) -> float:
+    """Prune every block once, on so many tokens."""
+    operations = 2 * _block_pass(shapes, tokens)
+    if ROW_BUDGETS[recipe.rows].capped:  # those that search
+        operations += SEARCH_OPERATIONS * shapes.prunable
+    if recipe.update != "none":
+        operations += UPDATE_PASSES * _block_pass(shapes, tokens)
+        operations += shapes.blocks * sum(GRAM_PRODUCTS * 2 * tokens * width**2 for width in shapes.inputs)
+        operations += PRODUCTS[recipe.update] * sum(2.0 * rows * columns**2 for rows, columns in shapes.matrices)
+    return operations
+
+
+def _block_pass(shapes: _Shapes, tokens: int) -> float:
+    """All decoder blocks once over so many tokens."""
+    return FORWARD * 2 * shapes.prunable * tokens
+
+
+def _model_pass(shapes: _Shapes, tokens: int) -> float:
+    """The same and the LM head."""
+    return _block_pass(shapes, tokens) + 2.0 * shapes.vocabulary * shapes.features * tokens
+
+
+def _working_bytes(shapes: _Shapes, dtype: torch.dtype, recipe: Recipe) -> int:
+    """What pruning holds beside the model at its worst moment."""
+    tokens = recipe.samples * recipe.sequence_length
+    hidden = 2 * tokens * shapes.features * dtype.itemsize
+    batch = 8 * min(tokens, TOKENS_PER_BATCH) * shapes.widest * 4
+    # The largest matrix at once as float32 weight, score, int64 order, its mask, and the curves' two arrays.
+    search = shapes.largest * (4 + 4 + 8 + 8 + 4 + 8)
+    if recipe.update != "none":
+        hidden += round(UPDATE_COPIES * tokens * (sum(shapes.inputs) + 2 * shapes.features) * 4)
+        search += 3 * shapes.widest**2 * 4 + 10 * shapes.largest * 4
+    total = hidden + batch + search
+    if SCORES[recipe.score].needs_gradients:
+        total += shapes.prunable * 4
+    if isinstance(recipe.layers, Auto):
+        total += shapes.prunable * dtype.itemsize
+        total += max(recipe.sequence_length, recipe.context_length) * shapes.vocabulary * 8
+    return total
 
 
 @torch.no_grad()
 def _multiplication_rate(compute: Compute, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix multiplication like those of the forward pass."""
+    """Operations per second of matrix products like those of pruning, once nothing else needs the machine.
+
+    On a processor the best of many short products on one thread counts, times the threads: a product that takes a few
+    milliseconds is seldom interrupted, so a machine that is busy now is not taken for a slow one.
+    """
     dtype = torch.bfloat16 if compute.autocast else dtype
-    left = torch.randn(2048, 1024, device=compute.device).to(dtype)
-    right = torch.randn(1024, 1024, device=compute.device).to(dtype)
-    (left @ right).sum().item()
-    best = float("inf")
-    for _ in range(3):
-        begin = time.perf_counter()
-        (left @ right).sum().item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1] / best
+    on_host = compute.device.type == "cpu"
+    rows, columns = (512, 576) if on_host else (4096, 4096)
+    left = torch.randn(rows, columns, device=compute.device).to(dtype)
+    right = torch.randn(columns, columns, device=compute.device).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        if on_host:
+            torch.set_num_threads(1)
+        best, end = float("inf"), time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            product = left @ right
+            if not on_host:
+                product[0, 0].item()  # waits for it
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    alone = 2 * rows * columns**2 / best
+    return alone * (1 + THREAD_YIELD * (threads - 1)) if on_host else alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,23 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trim_export.errors import ArtifactError
 
 __all__ = [
+    "SAFE_NAME",
     "canonical_json",
     "read_json",
+    "refuse_special_files",
     "safe_file",
     "sha256_bytes",
     "sha256_file",
     "temporary_file",
+    "tensor_names",
     "write_bytes",
     "write_tensors",
 ]
 
 # One path component: no separator, no leading dot, nothing a shell or another system reads as special.
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+MOST_JSON_BYTES = 2**28
+"""A larger JSON file is no configuration, index or manifest of a model (one of 400 B parameters has 1 MB)."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -37,9 +45,11 @@ def canonical_json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; damage is an `ArtifactError` that names it."""
+    """Parse a JSON file; damage, a key that occurs twice, or an absurd size is an `ArtifactError` that names it."""
     try:
-        return json.loads(path.read_bytes())
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"larger than {MOST_JSON_BYTES} bytes")
+        return json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error})") from error
 
@@ -63,7 +73,35 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically; tensors may live on any device."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_atomically(path, lambda temporary: safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"}))
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if "No space left" in str(error):  # the one error of the system that its users can do something about
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
+
+    _write_atomically(path, write)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, from its header alone; its library checks the rest of it.
+
+    Raises:
+        ArtifactError: no header, or a name occurs twice, of which the library would read the last.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError(f"{size} bytes of it in a file of {path.stat().st_size}")
+            header = json.loads(file.read(size), object_pairs_hook=_object)
+        if not isinstance(header, dict):
+            raise TypeError("no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: its header is not sound ({error})") from error
+    return [name for name in header if name != "__metadata__"]
 
 
 def temporary_file(path: Path) -> Path:
@@ -72,17 +110,54 @@ def temporary_file(path: Path) -> Path:
 
 
 def safe_file(root: Path, name: str) -> Path:
-    """Resolve a name found in a manifest; anything but a plain file directly inside ``root`` is refused."""
+    """Resolve a name found in a manifest; anything but a plain file directly inside ``root`` is refused.
+
+    The hub's cache is the one exception: there a file of a snapshot is a link into the ``blobs`` beside the snapshots.
+    """
     if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
         raise ArtifactError(f"{root}: unsafe file name {name!r}")
     path = root / name
     try:
-        mode = path.lstat().st_mode
+        target = _behind_cache_link(path)
+        regular = stat.S_ISREG(target.lstat().st_mode)
     except OSError as error:
         raise ArtifactError(f"{path}: missing") from error
-    if not stat.S_ISREG(mode):
+    if not regular:
         raise ArtifactError(f"{path}: not a regular file")
     return path
+
+
+def refuse_special_files(root: Path) -> None:
+    """Refuse (`ArtifactError`) a directory with links, pipes or devices in it: to open one may hang or lead elsewhere.
+
+    Directories are passed over, since nothing of ours reads them.
+    """
+    for path in sorted(root.iterdir()):
+        mode = _behind_cache_link(path).lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ArtifactError(f"{path}: not a regular file")
+
+
+def _behind_cache_link(path: Path) -> Path:
+    """What a link of the hub's cache (snapshots/REVISION/FILE) leads to in its blobs; any other path as it is."""
+    if not path.is_symlink():
+        return path
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # dangling, or a loop
+        return path
+    snapshot = path.parent.resolve()
+    in_cache = snapshot.parent.name == "snapshots" and target.parent == snapshot.parent.parent / "blobs"
+    return target if in_cache else path
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose keys occurs once: of two, readers disagree which counts."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return result
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -78,7 +78,7 @@ def encoded(pruned: Pruned, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             return open_artifact(out)
         # `convert` makes a plain model of it; as an artifact's encoding it is possible all the same.
         convert(original, "csr", out)
-        for file in [*out.glob("block-*"), out / "config.json", out / "trim_manifest.json"]:
+        for file in [*out.glob("*.safetensors"), out / "config.json", out / "trim_manifest.json"]:
             rewrite_as_dense(original, file)
         return open_artifact(out)
 

@@ -16,6 +16,8 @@ from trim_export.cli.common import app, err, out
 from trim_export.cli import prune, recover, artifact, measure, generate  # isort: skip  # noqa: F401
 from trim_export.errors import TrimExportError
 
+OUT_OF_MEMORY = "out of memory; free some, then an unfinished run continues with --resume"
+
 debug = False
 
 
@@ -29,13 +31,20 @@ def main() -> None:
     except KeyboardInterrupt as error:
         _fail("interrupted; an unfinished run continues with --resume", 130, error)
     except MemoryError as error:
-        _fail("out of memory; an unfinished run continues with --resume, perhaps with fewer --samples", 3, error)
+        _fail(OUT_OF_MEMORY, 3, error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"no space left on the disk ({error.filename}); free some, then continue with --resume", 3, error)
         _fail(str(error), 3, error)
     except Exception as error:
+        if _out_of_memory(error):
+            _fail(OUT_OF_MEMORY, 3, error)
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 70, error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether torch says so, which has an exception of its own for a GPU and none for the host."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def version(value: bool) -> None:

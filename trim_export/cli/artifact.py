@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trim_export.cli.common import Directory, Json, app, out, write_json
-from trim_export.errors import ArtifactError, CheckFailed, UsageError
+from trim_export.errors import ArtifactError, CheckFailed, UsageError, first_line
 
 
 @app.command()
@@ -54,8 +54,12 @@ def inspect(directory: Directory, json_file: Json = None) -> None:
     from trim_export.report import module_table, summary_table
 
     manifest = open_artifact(directory).manifest
-    out.print(summary_table(manifest))
-    out.print(module_table(manifest))
+    try:
+        tables = summary_table(manifest), module_table(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"{directory}: its manifest does not say how it was made ({first_line(error)})") from error
+    for shown in tables:
+        out.print(shown)
     modules = [{"name": name, **entry} for name, entry in manifest["modules"].items()]
     write_json(
         json_file, {key: manifest[key] for key in ("sparsity", "bytes", "encoding", "run")} | {"modules": modules}

@@ -96,8 +96,13 @@ def plan(
     model: Annotated[str, typer.Option(help="As for prune.")],
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")],
     recipe: Annotated[str, typer.Option(help="As for prune.")] = "best",
+    score: Annotated[str | None, typer.Option(help="As for prune.")] = None,
+    layers: Annotated[str | None, typer.Option(help="As for prune.")] = None,
+    rows: Annotated[str | None, typer.Option(help="As for prune.")] = None,
+    update: Annotated[str | None, typer.Option(help="As for prune.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of each window.")] = None,
+    context_length: Annotated[int | None, typer.Option(min=0, help="As for prune.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     json_file: Json = None,
@@ -110,7 +115,17 @@ def plan(
     from trim_export.report import facts, megabytes
 
     quiet_transformers()
-    chosen = make_recipe(recipe, sparsity, samples=samples, sequence_length=sequence_length)
+    chosen = make_recipe(
+        recipe,
+        sparsity,
+        score=score,
+        layers=_layer_budget(layers, {}),
+        rows=rows,
+        update=update,
+        samples=samples,
+        sequence_length=sequence_length,
+        context_length=context_length,
+    )
     skeleton, stored = load_skeleton(model, dtype)
     prediction = predict(skeleton, stored, chosen, choose_compute(device, stored))
     out.print(
@@ -121,7 +136,10 @@ def plan(
                 ("dense weight files", megabytes(prediction.dense_bytes)),
                 ("artifact weight files", megabytes(prediction.artifact_bytes)),
                 ("peak memory", megabytes(prediction.peak_memory_bytes)),
-                ("pruning time", f"{prediction.seconds:,.0f} s, and writing its own text if --calibration self"),
+                (
+                    "pruning time",
+                    f"{prediction.seconds:,.0f} s on an idle machine; --calibration self writes its text first",
+                ),
             ],
         )
     )

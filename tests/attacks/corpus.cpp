@@ -1,0 +1,59 @@
+// Reads damaged matrices from a file and hands each to the engine as it is, in arrays of exactly their size. Built with
+// sanitizers, so that any access outside of them ends it. Prints how many the engine took and how many it refused.
+//
+// A case is ten int64 (rows, columns, type, tokens, threads, bytes of five arrays), then the arrays: order, mask, group
+// starts, values, scales. Sizes that the engine is told are those of the arrays, in elements.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "trim_native.h"
+
+namespace {
+
+template <typename T>
+std::unique_ptr<T[]> read_array(std::FILE* file, std::int64_t bytes) {
+    const std::size_t count = static_cast<std::size_t>(bytes) / sizeof(T);
+    std::unique_ptr<T[]> array(new T[count]);
+    if (std::fread(array.get(), sizeof(T), count, file) != count) std::abort();
+    return array;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    std::FILE* file = count == 3 ? std::fopen(words[1], "rb") : nullptr;
+    if (file == nullptr || trim_native_select_isa(words[2]) != TRIM_NATIVE_OK) return 2;
+    long taken = 0, refused = 0;
+    std::int64_t head[10];
+    while (std::fread(head, sizeof head[0], 10, file) == 10) {
+        const std::int64_t rows = head[0], columns = head[1], tokens = head[3];
+        const auto order = read_array<std::int32_t>(file, head[5]);
+        const auto mask = read_array<std::uint64_t>(file, head[6]);
+        const auto starts = read_array<std::int64_t>(file, head[7]);
+        const auto values = read_array<std::uint8_t>(file, head[8]);  // new aligns it for any type
+        const auto scales = read_array<float>(file, head[9]);
+        const std::int64_t bytes[] = {4, 2, 2, 1};
+        const bool known = head[2] >= 0 && head[2] < 4;
+        const TrimNativeMatrix matrix = {rows, columns, order.get(), head[5] / 4, mask.get(), head[6] / 8, starts.get(),
+                                         head[7] / 8, values.get(), head[8] / (known ? bytes[head[2]] : 1),
+                                         head[9] ? scales.get() : nullptr, head[9] / 4,
+                                         static_cast<std::int32_t>(head[2])};
+        // A caller's own arrays are as large as it says they are; only matrices come from files.
+        const bool sane = rows > 0 && columns > 0 && rows < 4096 && columns < 4096;
+        std::vector<float> x(sane ? static_cast<std::size_t>(tokens * columns) : 1, 0.5f);
+        std::vector<float> y(sane ? static_cast<std::size_t>(tokens * rows) : 1);
+        if (!sane) x.clear(), y.clear();
+        const std::int32_t status =
+            trim_native_linear(&matrix, x.data(), sane ? tokens : 0, columns, y.data(), rows,
+                               static_cast<std::int32_t>(head[4]));
+        ++(status == TRIM_NATIVE_OK ? taken : refused);
+    }
+    std::fclose(file);
+    std::printf("%ld taken, %ld refused\n", taken, refused);
+    return 0;
+}
