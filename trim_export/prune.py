@@ -133,6 +133,7 @@ def describe_run(dense: DenseModel, recipe: Recipe, tokens: Tensor, compute: Com
             "sha256": dense.sha256,
             "dtype": dtype_name(dense.model.dtype),
             "bytes": weight_bytes(dense.model),
+            **({} if dense.structured is None else {"structured": dense.structured}),
         },
         "recipe": recipe.as_json() | {"calibration": source_name(recipe.calibration)},
         "calibration_sha256": sha256_bytes(tokens.cpu().numpy().tobytes()),

@@ -1,0 +1,88 @@
+"""The structured step of a run: shrink a model, remember how, and store it as an ordinary one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trim_export.errors import UsageError
+from trim_export.forward import Compute
+from trim_export.models import RECORD, DenseModel, weight_bytes
+from trim_export.progress import Track, silently
+from trim_export.storage import canonical_json, sha256_bytes, write_bytes
+from trim_export.structured.method import StructuredMethod
+
+__all__ = ["RECORD", "reduce_model", "save_reduced"]
+
+
+def reduce_model(
+    dense: DenseModel,
+    method: StructuredMethod,
+    share: float,
+    tokens: Tensor,
+    compute: Compute,
+    seed: int = 0,
+    track: Track[Any] = silently,
+) -> DenseModel:
+    """Remove a share of a model's parameters, in place.
+
+    Args:
+        dense: the model.
+        method: chooses what goes.
+        share: of all parameters, in (0, 1).
+        tokens: calibration windows, int64 ``[windows, tokens]``.
+        compute: where the passes run.
+        seed: of what the method draws.
+        track: shows progress.
+
+    Returns:
+        The same model, with a record of the step that an artifact's manifest will repeat.
+
+    Raises:
+        UsageError: the share is impossible, or the model went through a structured step before.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"--remove {share:g} is outside (0, 1)")
+    if dense.structured is not None:
+        raise UsageError(f"{dense.source}: has been through {dense.structured['method']} already; give the dense model")
+    bytes_before, parameters = weight_bytes(dense.model), dense.model.num_parameters()
+    removed = method(dense, tokens, share, seed, compute, track)
+    left = dense.model.num_parameters()
+    record = {
+        "method": method.name,
+        "settings": {name: value for name, value in vars(method).items() if name != "name"},
+        "asked": share,
+        "removed": removed,
+        "share": 1 - left / parameters,
+        "seed": seed,
+        "calibration_sha256": sha256_bytes(tokens.cpu().numpy().tobytes()),
+        "source_bytes": bytes_before,
+        "bytes": weight_bytes(dense.model),
+    }
+    return dataclasses.replace(dense, structured=record)
+
+
+def save_reduced(dense: DenseModel, out: Path, overwrite: bool = False) -> None:
+    """Write a model directory for any tool, with the record of its structured step; whole or not at all.
+
+    Raises:
+        UsageError: something is in the way, and it is not an earlier such model that may be overwritten.
+    """
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (overwrite and (out / RECORD).is_file()):
+        raise UsageError(f"{out}: exists already; give another directory")
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        dense.model.save_pretrained(staging)
+        dense.tokenizer.save_pretrained(staging)
+        write_bytes(staging / RECORD, canonical_json(dense.structured))
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
