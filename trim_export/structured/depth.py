@@ -51,8 +51,8 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[int]) -> None:
     model.set_submodule(parent, survivors)
     for index, block in enumerate(survivors):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):  # the place of its keys and values in the cache
-                module.layer_idx = index
+            if "layer_idx" in vars(module):  # the place of its keys and values in the cache
+                vars(module)["layer_idx"] = index
     config = model.config.get_text_config(decoder=True)
     for setting, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == len(names):

@@ -23,7 +23,7 @@ from trim_export.forward import Compute, batch_windows
 from trim_export.models import DenseModel, decoder_blocks
 from trim_export.progress import Track
 
-__all__ = ["Fluctuation", "Flap", "fluctuations"]
+__all__ = ["Flap", "Fluctuation", "fluctuations"]
 
 ATTENTION, MLP = "self_attn.o_proj", "mlp.down_proj"
 READ_BY = {ATTENTION: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}
@@ -84,9 +84,7 @@ class Flap:
         return {"key_value_groups": groups, "heads": groups * heads_per_group, "channels": channels}
 
 
-def fluctuations(
-    dense: DenseModel, tokens: Tensor, compute: Compute, track: Track[Any]
-) -> dict[str, Fluctuation]:
+def fluctuations(dense: DenseModel, tokens: Tensor, compute: Compute, track: Track[Any]) -> dict[str, Fluctuation]:
     """Mean and variance of the inputs of every block's output projections, by their names in the model."""
     places = {
         f"{name}.{path}": block.get_submodule(path)
@@ -99,7 +97,7 @@ def fluctuations(
         for batch in track(list(tokens.split(batch_windows(tokens.shape[1]))), "fluctuations"):
             with compute.context():
                 dense.model.base_model(batch.to(compute.device), use_cache=False)
-    dense.model.to("cpu")
+    dense.model.to("cpu")  # type: ignore[arg-type]
     count = tokens.numel()
     return {
         name: Fluctuation(first / count, (second / count - (first / count).square()).clamp(min=0))

@@ -78,7 +78,7 @@ def perturbed_windows(clean: Tensor, tokenizer: PreTrainedTokenizerBase, rate: f
     """
     views = []
     for number, window in enumerate(clean):
-        text = perturb(tokenizer.decode(window), rate, seed + number)
+        text = perturb(str(tokenizer.decode(window)), rate, seed + number)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: len(window)], dtype=torch.int64)
         if len(ids) < 2:
             raise UsageError(f"calibration window {number} has no text to perturb; give another --calibration")
@@ -109,7 +109,7 @@ def gradient_differences(
                 for name, block in blocks.items():
                     totals[name] += float(_take_gradient_norm(block)) / len(perturbed)
     finally:
-        model.to("cpu")
+        model.to("cpu")  # type: ignore[arg-type]
     for name, total in totals.items():
         if not torch.isfinite(torch.tensor(total)):
             raise ModelError(f"{name}: NaN or infinity in its gradients; use --structured shortgpt")

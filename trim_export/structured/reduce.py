@@ -16,7 +16,7 @@ from trim_export.progress import Track, silently
 from trim_export.storage import canonical_json, sha256_bytes, write_bytes
 from trim_export.structured.method import StructuredMethod
 
-__all__ = ["RECORD", "reduce_model", "save_reduced"]
+__all__ = ["RECORD", "reduce_model", "require_vacant", "save_reduced"]
 
 
 def reduce_model(
@@ -66,14 +66,24 @@ def reduce_model(
     return dataclasses.replace(dense, structured=record)
 
 
-def save_reduced(dense: DenseModel, out: Path, overwrite: bool = False) -> None:
-    """Write a model directory for any tool, with the record of its structured step; whole or not at all.
+def require_vacant(out: Path, overwrite: bool) -> None:
+    """Refuse an output directory that is taken; touches nothing.
 
     Raises:
         UsageError: something is in the way, and it is not an earlier such model that may be overwritten.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (overwrite and (out / RECORD).is_file()):
-        raise UsageError(f"{out}: exists already; give another directory")
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken and not (overwrite and (out / RECORD).is_file()):
+        raise UsageError(f"{out}: exists already; give another directory, or --overwrite for a model like this one")
+
+
+def save_reduced(dense: DenseModel, out: Path, overwrite: bool = False) -> None:
+    """Write a model directory for any tool, with the record of its structured step; whole or not at all.
+
+    Raises:
+        UsageError: as for `require_vacant`.
+    """
+    require_vacant(out, overwrite)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
