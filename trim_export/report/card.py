@@ -33,8 +33,8 @@ tags: [sparse, pruned, trim-export]
 |---|---|---|---|
 {rows}
 
-{len(manifest["modules"])} matrices are pruned to {sparsity["achieved"]:.5f} (target {sparsity["target"]:g}), stored as \
-{manifest["encoding"]}; everything else is dense.\
+{len(manifest["modules"])} matrices are pruned to {sparsity["achieved"]:.5f} (target {sparsity["target"]:g}) \
+and stored as {manifest["encoding"]}; everything else is dense.\
 {_conditions(measured)}
 
 ```python
