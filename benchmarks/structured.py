@@ -11,6 +11,8 @@ windows of 1024 tokens.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import tempfile
 import time
@@ -22,7 +24,7 @@ from torch import Tensor
 from trim_export.calibration import calibration_windows, consecutive_windows, read_text, token_stream
 from trim_export.evaluate import perplexity
 from trim_export.forward import choose_compute
-from trim_export.models import decoder_blocks, load_model, quiet_transformers
+from trim_export.models import DenseModel, decoder_blocks, load_model, quiet_transformers
 from trim_export.prune import prune
 from trim_export.recipe import make_recipe
 from trim_export.structured import STRUCTURED, blocks_to_remove, reduce_model, remove_blocks
@@ -51,7 +53,7 @@ def main() -> None:
         key = f"{name}, seed {seed}"
         if key not in results:
             share = REMOVE if name != "flap" else results["last, seed 0"]["share"]
-            results[key] = removed(name, share, seed, tokens, windows)
+            results[key] = removed(dense, name, share, seed, tokens, windows)
             save(results)
     share, sparsity = COMBINED
     first = [step["block"] for step in results["pip, seed 0"]["removed"]["steps"]][
@@ -61,13 +63,13 @@ def main() -> None:
     alone = 1 - (1 - sparsity) * (present - len(first)) / present
     for key, blocks, rest in (("pip and trim", first, sparsity), ("trim alone", [], alone)):
         if key not in results:
-            results[key] = combined(blocks, rest, tokens, windows)
+            results[key] = combined(dense, blocks, rest, tokens, windows)
             save(results)
 
 
-def removed(name: str, share: float, seed: int, tokens: Tensor, windows: Tensor) -> dict[str, Any]:
+def removed(whole: DenseModel, name: str, share: float, seed: int, tokens: Tensor, windows: Tensor) -> dict[str, Any]:
     """What one method removes, and what is left of the model's quality."""
-    dense, begin = load_model(MODEL), time.perf_counter()
+    dense, begin = dataclasses.replace(whole, model=copy.deepcopy(whole.model)), time.perf_counter()
     compute = choose_compute("cpu", dense.model.dtype)
     reduced = reduce_model(dense, STRUCTURED[name], share, tokens, compute, seed)
     assert reduced.structured is not None
@@ -76,9 +78,9 @@ def removed(name: str, share: float, seed: int, tokens: Tensor, windows: Tensor)
     return {**about, "seconds": seconds, "perplexity": perplexity(reduced.model, windows).value}
 
 
-def combined(blocks: list[int], sparsity: float, tokens: Tensor, windows: Tensor) -> dict[str, Any]:
+def combined(whole: DenseModel, blocks: list[int], sparsity: float, tokens: Tensor, windows: Tensor) -> dict[str, Any]:
     """Some blocks removed, the others pruned with TRIM's rows."""
-    dense, begin = load_model(MODEL), time.perf_counter()
+    dense, begin = dataclasses.replace(whole, model=copy.deepcopy(whole.model)), time.perf_counter()
     remove_blocks(dense.model, blocks)
     recipe = make_recipe("fast", sparsity, rows="trim")
     with tempfile.TemporaryDirectory() as directory:
