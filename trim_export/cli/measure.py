@@ -53,9 +53,13 @@ def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = Non
             ],
         )
     )
+    if result["pattern"]["name"] != "none":
+        out.print(f"pattern {result['pattern']['name']}: {'holds' if result['pattern']['passed'] else 'BROKEN'}")
     write_json(json_file, result)
     if not result["passed"]:
         failed = [row["name"] for row in result["runtimes"] if not row["passed"]]
+        if not result["pattern"]["passed"]:
+            failed.append(f"pattern {result['pattern']['name']}")
         raise CheckFailed(f"{directory}: outside the tolerance: {', '.join(failed)}")
 
 

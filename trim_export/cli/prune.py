@@ -21,7 +21,8 @@ def prune(
     model: Annotated[str, typer.Option(help="Model directory, hub id, .gguf file, or smollm2-135m (bundled).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Artifact directory to write.")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of weights to prune, in [0, 1); may be left out with --structured.")
+        float | None,
+        typer.Option(help="Share of weights to prune, in [0, 1); may be left out with --structured or an N:M pattern."),
     ] = None,
     structured: Annotated[
         str | None, typer.Option(help="First remove blocks or channels: pip, shortgpt, flap, last, random.")
@@ -40,6 +41,9 @@ def prune(
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
     targets: Annotated[
         str | None, typer.Option(help="What an update fits to: own, dense, residual (makes up for earlier losses).")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Where kept weights may lie: none, N:M (as 2:4) or block:RxC (as block:16x16).")
     ] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")
@@ -68,6 +72,8 @@ def prune(
     """Prune a model into a sparse artifact that `from_pretrained` loads."""
     from trim_export.recipe import make_recipe
 
+    if sparsity is None and pattern is not None:
+        sparsity = _own_sparsity(pattern)
     step = structured_step(structured, remove, sparsity)
     plan = make_recipe(
         recipe,
@@ -86,6 +92,7 @@ def prune(
         rows=rows,
         update=update,
         targets=targets,
+        pattern=pattern,
         head=head,
         calibration=calibration,
         samples=samples,
@@ -134,6 +141,14 @@ def plan(
         )
     )
     write_json(json_file, prediction.as_json())
+
+
+def _own_sparsity(text: str) -> float | None:
+    """The sparsity of a pattern that has only one."""
+    from trim_export.patterns import NofM, parse_pattern
+
+    pattern = parse_pattern(text)
+    return pattern.sparsity if isinstance(pattern, NofM) else None
 
 
 def _layer_budget(name: str | None, parameters: dict[str, dict[str, float]]) -> Any:

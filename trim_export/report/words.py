@@ -34,6 +34,8 @@ def method_sentence(manifest: dict[str, Any]) -> str:
     if "layer_choice" in manifest:
         layers = f"{manifest['layer_choice']['chosen']['name']} (by trial)"
     budgets = f"{recipe['rows']} row budgets, {layers} block budgets, {recipe['counts']} counts"
+    if recipe.get("pattern", "none") != "none":
+        budgets += f", pattern {recipe['pattern']}"
     text = f"{recipe['samples']} x {recipe['sequence_length']} tokens of {recipe['calibration']}, seed {recipe['seed']}"
     return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
 
