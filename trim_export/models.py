@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -218,7 +219,9 @@ def _locate(source: str) -> tuple[str, Path, str | None]:
     try:
         config = cached_file(source, "config.json")
     except OSError as error:
-        raise UsageError(f"{source}: no such directory, and not to be had from the hub") from error
+        close = difflib.get_close_matches(source, BUNDLED, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"{source}: no such directory{hint}, and not to be had from the hub") from error
     return source, Path(str(config)).parent, None  # its weights arrive there when transformers loads them
 
 
