@@ -432,3 +432,39 @@ def test_inspect_writes_a_page_and_a_card(artifact: tuple[Path, dict[str, Any]],
     page.unlink()
     assert "no 'machine' in it" in sentence(run("inspect", artifact[0], "--html", page, "--bench", other, check=2))
     assert not page.exists()
+
+
+def test_eval_beside_a_reference(
+    artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ("eval", artifact[0], "--reference", model, "--data", text, "--sequence-length", 32, "--windows", 3)
+    run(*words, "--task", "perplexity", "--task", "divergence", "--json", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    run("eval", model, "--data", text, "--sequence-length", 32, "--windows", 3, "--json", tmp_path / "d.json")
+    dense = json.loads((tmp_path / "d.json").read_text())["tasks"]["perplexity"]["value"]
+    assert result["tasks"]["perplexity"]["reference"] == pytest.approx(dense)
+    assert result["tasks"]["divergence"]["kl"] > 1e-3
+    assert 0 <= result["tasks"]["divergence"]["argmax_agreement"] < 1
+    run(*words[:1], model, *words[2:], "--task", "divergence", "--json", tmp_path / "same.json")
+    same = json.loads((tmp_path / "same.json").read_text())["tasks"]["divergence"]
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert same["argmax_agreement"] == 1
+    card = tmp_path / "card.md"
+    run("inspect", artifact[0], "--markdown", card, "--eval", tmp_path / "e.json")
+    assert f"| perplexity | {dense:.2f} |" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "wingrande"), "unknown task 'wingrande' (did you mean winogrande?)"),
+        (("--task", "perplexity"), "perplexity needs a text: --data FILE"),
+        (("--task", "divergence", "--data", "x"), "divergence needs something to be compared with"),
+        (("--task", "boolq", "--data-dir", "nowhere"), "nowhere: no such directory"),
+    ],
+    ids=str,
+)
+def test_evaluations_that_cannot_be_are_one_sentence(
+    options: tuple[str, ...], message: str, artifact: tuple[Path, dict[str, Any]]
+) -> None:
+    assert message in sentence(run("eval", artifact[0], *options, check=2))

@@ -6,6 +6,7 @@ so that two models can be compared question by question.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -100,11 +101,10 @@ def zero_shot(
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EnvironmentLacks("zero-shot tasks need the eval extra: pip install 'trim-export[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
+    manager = _task_manager()
     try:
         with tempfile.TemporaryDirectory() as directory:
             for name, file in files.items():
@@ -130,6 +130,13 @@ def agreement(first: TaskScore, second: TaskScore) -> float:
     """Share of questions for which two models choose alike."""
     same = [mine == theirs for mine, theirs in zip(first.choices, second.choices, strict=True)]
     return sum(same) / len(same)
+
+
+@functools.cache  # reading the list of lm-eval's thousands of tasks takes seconds
+def _task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _local(name: str, file: Path, official: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from trim_export.artifact import Artifact
 from trim_export.errors import UsageError
 from trim_export.models import load_model
 from trim_export.runtimes import load
-from trim_export.tasks import TASKS, TaskScore, agreement, zero_shot
+from trim_export.tasks import TASKS, TaskScore, _task_manager, agreement, zero_shot
 
 CHOICES = {"text": ["a rock", "the sky", "two cats"], "label": ["A", "B", "C"]}
 QUESTIONS: dict[str, list[dict[str, object]]] = {
@@ -35,8 +35,6 @@ def test_accuracies_are_those_that_lm_eval_finds_itself(
     tiny: Callable[[str], Path], pruned: Callable[[str], Artifact], data: Path, tmp_path: Path
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the eval extra is not installed")
-    from lm_eval.tasks import TaskManager
-
     # The tiny tokenizer reads characters, of which the model would take 64.
     config = json.loads((tiny("llama") / "config.json").read_text()) | {"max_position_embeddings": 512}
     for file in tiny("llama").iterdir():
@@ -44,14 +42,14 @@ def test_accuracies_are_those_that_lm_eval_finds_itself(
     (tmp_path / "config.json").write_text(json.dumps(config))
     dense = load_model(str(tmp_path))
     found = zero_shot(dense.model, dense.tokenizer, ["boolq", "openbookqa"], data)
-    official = TaskManager().task_index["openbookqa"].yaml_path
+    official = _task_manager().task_index["openbookqa"].yaml_path
     own = {"include": str(official), "task": "own", "dataset_path": "json", "dataset_name": None,
            "dataset_kwargs": {"data_files": {"test": str(data / "openbookqa_6.jsonl")}},
            "training_split": None, "validation_split": None, "test_split": "test"}  # fmt: skip
     (tmp_path / "own.yaml").write_text(json.dumps(own))
     theirs = lm_eval.simple_evaluate(
         "hf", {"pretrained": str(tmp_path), "dtype": "float32", "device": "cpu"}, [str(tmp_path / "own.yaml")],
-        bootstrap_iters=10,
+        bootstrap_iters=10, task_manager=_task_manager(),
     )["results"]["own"]  # fmt: skip
     assert found["openbookqa"].value == theirs["acc,none"]
     assert found["openbookqa"].normalised == theirs["acc_norm,none"]
