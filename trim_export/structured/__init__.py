@@ -6,7 +6,7 @@ from trim_export.structured.flap import Flap
 from trim_export.structured.method import StructuredMethod
 from trim_export.structured.perturbation import perturb
 from trim_export.structured.pip import Pip
-from trim_export.structured.reduce import RECORD, reduce_model, require_vacant, save_reduced
+from trim_export.structured.reduce import RECORD, reduce_model, replay, require_vacant, save_reduced
 from trim_export.structured.shortgpt import ShortGpt
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "perturb",
     "reduce_model",
     "remove_blocks",
+    "replay",
     "require_vacant",
     "save_reduced",
 ]

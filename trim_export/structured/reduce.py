@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from trim_export.errors import UsageError
+from trim_export.errors import ModelError, UsageError
 from trim_export.forward import Compute
 from trim_export.models import RECORD, DenseModel, weight_bytes
 from trim_export.progress import Track, silently
 from trim_export.storage import canonical_json, sha256_bytes, write_bytes
+from trim_export.structured.depth import remove_blocks
 from trim_export.structured.method import StructuredMethod
 
-__all__ = ["RECORD", "reduce_model", "require_vacant", "save_reduced"]
+__all__ = ["RECORD", "reduce_model", "replay", "require_vacant", "save_reduced"]
 
 
 def reduce_model(
@@ -63,6 +64,21 @@ def reduce_model(
         "source_bytes": bytes_before,
         "bytes": weight_bytes(dense.model),
     }
+    return dataclasses.replace(dense, structured=record)
+
+
+def replay(dense: DenseModel, record: dict[str, Any]) -> DenseModel:
+    """Remove from a whole model, in place, the blocks that a record names.
+
+    Raises:
+        ModelError: a record of channels, which does not say which they were.
+    """
+    if "blocks" not in record["removed"]:
+        raise ModelError(
+            f"{dense.source}: what {record['method']} removed cannot be repeated from the manifest; prune in two steps, "
+            "first with --structured alone, and give the model in between"
+        )
+    remove_blocks(dense.model, record["removed"]["blocks"])
     return dataclasses.replace(dense, structured=record)
 
 

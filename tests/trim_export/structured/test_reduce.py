@@ -10,11 +10,12 @@ import torch
 from tiny_models import tiny_tokens
 from transformers import AutoModelForCausalLM
 
-from trim_export.errors import UsageError
+from trim_export.errors import ModelError, UsageError
 from trim_export.forward import Compute
 from trim_export.models import load_model
 from trim_export.prune import prune
 from trim_export.recipe import Recipe
+from trim_export.recover import load_teacher
 from trim_export.runtimes import load
 from trim_export.structured import RECORD, STRUCTURED, reduce_model, save_reduced
 
@@ -57,3 +58,18 @@ def test_one_artifact_and_one_manifest_hold_both_steps(name: str, tiny: Callable
     assert artifact.manifest["bytes"]["dense"] == dense.structured["bytes"] < dense.structured["source_bytes"]
     sparse = load(tmp_path / "a", "dense")
     torch.testing.assert_close(sparse(TOKENS).logits, dense.model(TOKENS).logits)
+
+
+def test_the_teacher_of_a_structured_artifact_lacks_the_same_blocks(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = str(tiny("llama"))
+    for name in ("shortgpt", "flap"):
+        dense = reduce_model(load_model(source), STRUCTURED[name], 0.3, TOKENS, CPU)
+        small = dense.model(TOKENS).logits
+        artifact = prune(dense, Recipe(0.5, update="none", context_length=0), TOKENS, tmp_path / name, CPU)
+        if name == "flap":
+            with pytest.raises(ModelError, match="what flap removed cannot be repeated"):
+                load_teacher(artifact, source)
+        else:
+            assert torch.equal(load_teacher(artifact, source).model(TOKENS).logits, small)
