@@ -22,7 +22,7 @@ from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS, LayerView, uniform
 from trim_export.scores import SCORES
 from trim_export.statistics import InputStatistics, observe_block, require_all_seen
-from trim_export.streams import observe_dense, observe_pruned
+from trim_export.streams import Finished, observe_dense, observe_pruned
 from trim_export.updates import UPDATES, LayerProblem, Support
 
 __all__ = ["PrunedBlock", "mask_block", "output_cosine", "prune_matrix", "require_finite_weight", "update_block"]
@@ -96,9 +96,9 @@ def update_block(
     dense = observe_dense(block, linears, call, dense_hidden, compute, residual=recipe.targets == "residual")
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
-    known: dict[str, list[Any]] = {}
+    finished = Finished()
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, known)
+        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, finished)
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()

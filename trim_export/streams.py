@@ -12,7 +12,7 @@ pruned stream is summed up batch by batch, and of its last layer what the block'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trim_export.forward import BlockCall, Compute, StopForward, batch_windows, move
 from trim_export.statistics import InputStatistics, require_finite_inputs
 
-__all__ = ["DenseStream", "GroupStatistics", "Pending", "observe_dense", "observe_pruned"]
+__all__ = ["DenseStream", "Finished", "GroupStatistics", "Pending", "observe_dense", "observe_pruned"]
 
 SMALLEST_TILE = 256
 """Columns below which a Gram matrix is computed whole: its symmetry saves nothing any more."""
@@ -38,6 +38,8 @@ class DenseStream:
         sums: writer -> the residual stream just after its output was added, ``[tokens, features]`` for each batch.
         output: what the block gives, ``[windows, tokens, features]``.
         ends_with_writer: whether the output is the last layer's output added to the residual stream, bit for bit.
+        ends: larger part of the block -> the layer whose output is all that it gives, and how many values it gives,
+            the others being None (attention: o_proj and 2); 0 if it gives that output itself.
     """
 
     groups: list[list[str]]
@@ -46,6 +48,7 @@ class DenseStream:
     sums: dict[str, list[Tensor]]
     output: Tensor
     ends_with_writer: bool
+    ends: dict[str, tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,34 @@ class Pending:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What the passes of one block need not compute again, a batch each.
+
+    Attributes:
+        outputs: of layers, and of larger parts of the block.
+        inputs: of layers that a pass stopped before, while they were being pruned.
+    """
+
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def batch(self, number: int) -> dict[str, Any]:
+        """The outputs of one batch."""
+        return {path: outputs[number] for path, outputs in self.outputs.items() if len(outputs) > number}
+
+    @torch.no_grad()
+    def finish(self, linears: Mapping[str, nn.Linear], ends: Mapping[str, tuple[str, int]], compute: Compute) -> None:
+        """Turn inputs into outputs: of the layers as they are now, and of the parts that end with them."""
+        for path, batches in self.inputs.items():
+            self.outputs[path] = [_through(linears[path], inputs, compute) for inputs in batches]
+            for part, (last, values) in ends.items():
+                if last == path:
+                    given = self.outputs[path]
+                    self.outputs[part] = [(output, *(None,) * (values - 1)) for output in given] if values else given
+        self.inputs.clear()
+
+
+@dataclass(frozen=True)
 class _Seen:
     """One batch through a block: what each layer read and gave, in the order of the calls, and the block's output.
 
@@ -130,11 +161,12 @@ def observe_dense(
     sums: dict[str, list[Tensor]] = {}
     outputs: list[Tensor] = []
     ends_with_writer = False
+    ends: dict[str, tuple[str, int]] = {}
     for batch in hidden.split(batch_windows(hidden.shape[1])):
         seen = _watch(block, linears, call, batch, compute, replay={})
         assert seen.output is not None
         if not outputs:
-            groups = _group(seen)
+            groups, ends = _group(seen), _ends(seen, linears)
             writers = _find_writers(groups, seen, batch.to(compute.device)) if residual else []
             ends_with_writer = writers[-1:] == groups[-1] and torch.equal(
                 _residual_after(writers[-1], writers, seen, batch.to(compute.device)), seen.output
@@ -146,7 +178,7 @@ def observe_dense(
             after = _residual_after(writer, writers, seen, batch.to(compute.device))
             sums.setdefault(writer, []).append(_flat(after).to(hidden.device))
         outputs.append(seen.output.to(hidden.device, hidden.dtype))
-    return DenseStream(groups, writers, inputs, sums, torch.cat(outputs), ends_with_writer)
+    return DenseStream(groups, writers, inputs, sums, torch.cat(outputs), ends_with_writer, ends)
 
 
 @torch.no_grad()
@@ -159,15 +191,14 @@ def observe_pruned(
     hidden: Tensor,
     compute: Compute,
     name: str,
-    known: dict[str, list[Any]],
+    finished: Finished,
 ) -> GroupStatistics:
     """Send the pruned stream through a block whose earlier layers are pruned, up to one group of layers.
 
     Args:
         block, linears, group, dense, call, hidden, compute: which group of what.
         name: of the block, for messages.
-        known: layer, or larger part of the block -> its outputs, a batch each, from passes before this one. They are
-            not computed again, and what is computed now is added for the next group.
+        finished: by the passes before this one; what this one computes is added for the next group.
 
     Raises:
         ModelError: naming block and layer, if the inputs are not finite.
@@ -179,12 +210,16 @@ def observe_pruned(
     wanted = torch.zeros(features if writes else columns, columns, device=compute.device)
     pending = Pending([], []) if dense.ends_with_writer and group == dense.groups[-1] else None
     last_tokens = []
+    finished.finish(linears, dense.ends, compute)
+    is_end = any(leader == last for last, _ in dense.ends.values())
     for number, batch in enumerate(hidden.split(batch_windows(hidden.shape[1]))):
-        replay = {path: outputs[number] for path, outputs in known.items() if len(outputs) > number}
+        replay = finished.batch(number)
         seen = _watch(block, linears, call, batch, compute, replay, stop_before=leader)
         if group != dense.groups[-1]:
             for path in seen.outputs.keys() - replay.keys():
-                known.setdefault(path, []).append(move(seen.outputs[path], hidden.device))
+                finished.outputs.setdefault(path, []).append(move(seen.outputs[path], hidden.device))
+            if is_end:
+                finished.inputs.setdefault(leader, []).append(seen.inputs[leader].to(hidden.device))
         inputs = _flat(seen.inputs[leader]).float()
         _add_gram(gram, inputs)
         if writes:
@@ -273,6 +308,24 @@ def _watch(
 
 def _holds(part: str, linears: Mapping[str, nn.Linear]) -> bool:
     return any(path.startswith(f"{part}.") for path in linears)
+
+
+def _ends(seen: _Seen, linears: Mapping[str, nn.Linear]) -> dict[str, tuple[str, int]]:
+    """As in `DenseStream`: parts that give the very tensor which a layer gave, and nothing else."""
+    ends: dict[str, tuple[str, int]] = {}
+    for part in seen.outputs.keys() - linears.keys():
+        given = seen.outputs[part]
+        first, *others = given if isinstance(given, tuple) else (given,)
+        layer = next((path for path in linears if seen.outputs.get(path) is first), None)
+        if layer is not None and all(other is None for other in others):
+            ends[part] = layer, len(given) if isinstance(given, tuple) else 0
+    return ends
+
+
+def _through(layer: nn.Linear, inputs: Tensor, compute: Compute) -> Tensor:
+    with compute.context():
+        output: Tensor = layer(inputs.to(compute.device))
+    return output.to(inputs.device)
 
 
 def _group(seen: _Seen) -> list[list[str]]:

@@ -15,7 +15,6 @@ from trim_export.recipe import RECIPES, Recipe, make_recipe
 from trim_export.storage import sha256_file
 
 __all__ = [
-    "ABLATION",
     "BEST",
     "DENSE",
     "SUITES",
@@ -134,21 +133,11 @@ TABLE = (
 )
 """The recipes, and Wanda as the papers run it."""
 
-INGREDIENTS: dict[str, tuple[str, ...]] = {
-    "rows": ("uniform", "trim", "matrix", "lagrangian", "anticipating"),
-    "layers": ("uniform", "owl", "alpha", "dlp", "lsa", "lsa-projection"),
-    "update": ("none", "refit", "sparsegpt", "admm", "fista"),
-    "targets": ("own", "dense", "residual"),
-    "context_length": ("0", "512", "1024"),
-}
-ABLATION = tuple(Row(f"{key}={name}", "best", {key: name}) for key, names in INGREDIENTS.items() for name in names)
-"""`best` with one ingredient changed; the value that `best` has anyway is the same measurement, made once."""
-
 SPARSE_FORMS = ("bf16", "int8")
 DENSE_FORMS = ("bf16", "int8", "int4", "int3")
 
-SUITES = ("table", "ablation", "frontier")
-SPARSITIES = {"table": (0.5, 0.6, 0.7, 0.8), "ablation": (0.8,), "frontier": (0.5, 0.6, 0.7, 0.8)}
+SUITES = ("table", "frontier")
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 
 
 def declare(
@@ -165,7 +154,7 @@ def declare(
         protocol: of the store.
         suites: names in `SUITES`.
         seeds: of the calibration draws; the frontier takes the first alone.
-        sparsities: instead of each suite's own.
+        sparsities: instead of `SPARSITIES`.
         only: names of rows; the dense model is always there, since everything is compared with it.
         file_forms: further forms of the dense model, which depend on the file it comes from.
 
@@ -205,8 +194,6 @@ def recipe_of(cell: Cell, protocol: Protocol) -> Recipe:
         raise UsageError(f"recipes have no setting {min(missing)!r}")
     if "layers" in given:
         given["layers"] = choose("layer budget", given["layers"], LAYER_BUDGETS)()
-    if "context_length" in given:
-        given["context_length"] = int(given["context_length"])
     assert cell.row.recipe is not None
     assert cell.sparsity is not None
     return make_recipe(
@@ -229,7 +216,7 @@ def recipe_settings(cell: Cell, protocol: Protocol) -> dict[str, Any] | None:
 
 
 def _rows(suite: str) -> tuple[Row, ...]:
-    return {"table": TABLE, "ablation": (BEST, *ABLATION), "frontier": (BEST,)}[suite]
+    return {"table": TABLE, "frontier": (BEST,)}[suite]
 
 
 def _all_cells(
@@ -244,6 +231,6 @@ def _all_cells(
         for suite in suites:
             if suite == "frontier" and number > 0:
                 continue
-            for sparsity in sparsities or SPARSITIES[suite]:
+            for sparsity in sparsities or SPARSITIES:
                 for row in _rows(suite):
                     yield Cell(row, sparsity, seed, SPARSE_FORMS if suite == "frontier" else ())

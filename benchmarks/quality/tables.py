@@ -1,14 +1,14 @@
-"""What the store says, as tables: recipes, ablation, and pruning beside quantisation."""
+"""What the store says, as tables: recipes, and pruning beside quantisation."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from benchmarks.quality.cells import ABLATION, BEST, DENSE, TABLE, Cell
+from benchmarks.quality.cells import BEST, DENSE, TABLE, Cell
 from benchmarks.quality.store import Record, Store
 from benchmarks.quality.stored import GGUF
 from trim_export.report import megabytes, table
@@ -48,15 +48,6 @@ def tables(store: Store) -> Iterator[Table | str]:
     if dense is None:
         return
     yield _recipe_table(store, dense)
-    of_table = [store.of_row(row) for row in TABLE]
-    ablated = {
-        sparsity
-        for row in ABLATION
-        for sparsity, seeds in store.of_row(row).items()
-        if all(seeds != known.get(sparsity) for known in of_table)
-    }
-    for sparsity in sorted(ablated):
-        yield _ablation_table(store, sparsity)
     stored = contestants(store)
     if stored:
         yield _frontier_table(store, stored, dense)
@@ -141,29 +132,6 @@ def _recipe_table(store: Store, dense: Record) -> Table:
     )  # fmt: skip
 
 
-def _ablation_table(store: Store, sparsity: float) -> Table:
-    of_best = store.of_row(BEST).get(sparsity, {})
-    best = _done(of_best)
-    rows = []
-    for row in (BEST, *ABLATION):
-        seeds = store.of_row(row).get(sparsity)
-        if seeds is None:
-            continue
-        done = _done(seeds)
-        same = row is not BEST and seeds == of_best
-        cells = [
-            _over(done, half, "{:.2f}", reduce=reduce) for half in HALVES for reduce in (statistics.mean, min, max)
-        ]
-        ratios = [_ratio(done, best, half) for half in HALVES]
-        name = f"{row.name} (as in best)" if same else row.name
-        rows.append((name, *cells[:3], ratios[0], *cells[3:], ratios[1], _count(seeds)))
-    return table(
-        f"one ingredient of best changed, sparsity {sparsity:g}; x best over the seeds that both have",
-        ("row", "mean", "min", "max", "x best", "later: mean", "min", "max", "x best", "n"),
-        rows,
-    )
-
-
 def _frontier_table(store: Store, field: list[Contestant], dense: Record) -> Table:
     weights = next((c.matrix_bytes / 2 for c in field if c.sparsity is None and c.form == "bf16"), None)
     return table(
@@ -189,7 +157,7 @@ def _frontier_table(store: Store, field: list[Contestant], dense: Record) -> Tab
 def _failures(store: Store) -> Iterator[str]:
     """A sentence for each failed cell, under the first of its rows' names."""
     told: list[Record] = []
-    for row in (*TABLE, *ABLATION):
+    for row in TABLE:
         for sparsity, seeds in store.of_row(row).items():
             for seed, record in seeds.items():
                 if "failed" in record and record not in told:
@@ -223,15 +191,6 @@ def _over(
     key: str,
     layout: str,
     unit: float = 1.0,
-    reduce: Callable[[Iterable[float]], float] = statistics.mean,
 ) -> str:
     values = [record[key] * unit for record in seeds.values()]
-    return layout.format(reduce(values)) if values else "-"
-
-
-def _ratio(seeds: Mapping[int, Record], best: Mapping[int, Record], half: str) -> str:
-    """Mean over mean, both over the seeds that both have."""
-    shared = seeds.keys() & best.keys()
-    if not shared:
-        return "-"
-    return f"{sum(seeds[seed][half] for seed in shared) / sum(best[seed][half] for seed in shared):.2f}"
+    return layout.format(statistics.mean(values)) if values else "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_models import tiny_tokens
 from trim_export import forward, streams
 from trim_export.forward import block_calls, choose_compute, embed
 from trim_export.models import decoder_blocks, load_model, projections
-from trim_export.streams import observe_dense, observe_pruned
+from trim_export.streams import Finished, observe_dense, observe_pruned
 
 COMPUTE = choose_compute("cpu", torch.float32)
 
@@ -63,9 +64,9 @@ def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, mon
     original = copy.deepcopy(block)
     dense = observe_dense(block, linears, call, dense_hidden, COMPUTE)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    known: dict[str, list[object]] = {}
+    finished = Finished()
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", known)
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", finished)
         sides = {"dense": (original, dense_hidden), "pruned": (block, hidden)}
         inputs = {name: watched_inputs(side, group[0], call, stream) for name, (side, stream) in sides.items()}
         torch.testing.assert_close(seen.gram.double(), inputs["pruned"].T @ inputs["pruned"], **close)
@@ -84,12 +85,25 @@ def test_sums_are_those_of_the_streams(tiny: Callable[..., Path], kind: str, mon
             linears[path].weight.data = linears[path].weight.data * 0.9
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_attention_runs_once_for_each_batch_of_the_pruned_stream(tiny: Callable[..., Path], kind: str) -> None:
+    block, call, hidden = first_block(tiny, kind)
+    linears = projections(block)
+    dense = observe_dense(block, linears, call, hidden, COMPUTE)
+    finished = Finished()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", side_effect=attention) as ran:
+        for group in dense.groups:
+            observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", finished)
+    assert ran.call_count == 1
+
+
 def test_equal_streams_ask_for_the_dense_layer(tiny: Callable[..., Path]) -> None:
     block, call, hidden = first_block(tiny, "opt")  # its layers have biases
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
     for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", {})
+        seen = observe_pruned(block, linears, group, dense, call, hidden, COMPUTE, "block 0", Finished())
         weight = linears[group[0]].weight.data
         torch.testing.assert_close(seen.targets(weight), weight @ seen.gram, rtol=1e-3, atol=1e-3)
 
@@ -99,7 +113,7 @@ def test_pending_output_has_the_bits_of_a_pass_through_the_block(tiny: Callable[
     block, call, hidden = first_block(tiny, kind)
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
-    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {})
+    seen = observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", Finished())
     last = linears[dense.groups[-1][0]]
     last.weight.data = last.weight.data * 0.5
     assert seen.pending is not None
@@ -110,7 +124,10 @@ def test_a_norm_after_the_last_layer_leaves_nothing_pending(tiny: Callable[..., 
     block, call, hidden = first_block(tiny, "gemma3")
     linears = projections(block)
     dense = observe_dense(block, linears, call, hidden, COMPUTE)
-    assert observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", {}).pending is None
+    assert (
+        observe_pruned(block, linears, dense.groups[-1], dense, call, hidden, COMPUTE, "block 0", Finished()).pending
+        is None
+    )
 
 
 def watched_inputs(block, path, call, stream):  # type: ignore[no-untyped-def]

@@ -295,7 +295,7 @@ def test_admm_with_no_selections_keeps_the_mask() -> None:
     support = case.support(0.5, True)
     assert torch.equal(Admm(selections=0)(case.symmetric, support).mask, support.mask)
     with pytest.raises(ValueError, match="do not fit"):
-        Admm(iterations=10)
+        Admm(iterations=7)
 
 
 # ---- degenerate inputs -----------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ class Admm:
     Time: one inverse, ``iterations + polish + 2`` products rows x columns x columns, and selections that add about a
     fifth. Memory: ten matrices of the weight's size and four of the Gram's.
 
+    Twice as many iterations of each kind made no difference on held-out text (SmolLM2's first blocks at 80 %).
+
     Attributes:
         iterations: of ADMM.
         selections: how many of them choose the mask; with none it stays the support's.
@@ -42,10 +44,10 @@ class Admm:
         polish: closing iterations of conjugate gradients.
     """
 
-    iterations: int = 20
-    selections: int = 15
+    iterations: int = 10
+    selections: int = 8
     damp: float = 0.3
-    polish: int = 10
+    polish: int = 4
     name: str = "admm"
 
     def __post_init__(self) -> None:

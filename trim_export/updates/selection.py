@@ -2,7 +2,7 @@
 
 The threshold is found by bisection over the bits of the scores: non-negative floats order like their bit patterns
 read as integers, so 31 passes of compare and count give the k-th largest value exactly, for any mixture of k, and
-fewer passes give it roughly. On a 1536 x 576 matrix that is 27 ms where sorting takes 70, and it runs on any device
+fewer passes give it roughly. On a 1536 x 576 matrix that is 4 ms where sorting takes 26, and it runs on any device
 without a wait for the host.
 """
 
@@ -52,8 +52,9 @@ def roughly_largest(scores: Tensor, keep: Tensor) -> Tensor:
 def _thresholds(patterns: Tensor, keep: Tensor, bits: int) -> Tensor:
     """The greatest int32 ``[lines]``, in its leading bits, that at least ``keep[i]`` patterns of line i reach."""
     threshold = torch.zeros(len(patterns), dtype=torch.int32, device=patterns.device)
+    reaches = torch.empty_like(patterns)  # adding up integers is several times faster than adding up bools
     for bit in range(BITS - 1, BITS - 1 - bits, -1):
         candidate = threshold | (1 << bit)
-        reached = (patterns >= candidate[:, None]).sum(dim=1, dtype=torch.int32)
+        reached = torch.ge(patterns, candidate[:, None], out=reaches).sum(dim=1, dtype=torch.int32)
         threshold = torch.where(reached >= keep, candidate, threshold)
     return threshold
