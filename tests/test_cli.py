@@ -384,3 +384,87 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
 
 def hashes(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+
+
+def test_structured_pruning_gives_a_model_that_can_be_pruned_further(model: Path, text: Path, tmp_path: Path) -> None:
+    words = ("prune", "--model", model, "--calibration", text, "--samples", 4, "--sequence-length", 16)
+    run(*words, "--structured", "shortgpt", "--remove", 0.3, "-o", tmp_path / "small", "--json", tmp_path / "s.json")
+    alone = json.loads((tmp_path / "s.json").read_text())["structured"]
+    assert len(alone["removed"]["blocks"]) == 1
+    two_steps = ("prune", "--model", tmp_path / "small", *words[3:])
+    run(*two_steps, "--sparsity", 0.5, "-o", tmp_path / "two")
+    run(*words, "--structured", "shortgpt", "--remove", 0.3, "--sparsity", 0.5, "-o", tmp_path / "one")
+    manifests = [json.loads((tmp_path / name / "trim_manifest.json").read_text()) for name in ("one", "two")]
+    assert all(manifest["source"]["structured"] == alone for manifest in manifests)
+    assert [manifest["modules"] for manifest in manifests[:1]] == [manifests[1]["modules"]]
+    assert "shortgpt removed decoder blocks" in run("inspect", tmp_path / "one").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--structured", "pop", "--remove", 0.3), "unknown structured method 'pop' (did you mean pip?)"),
+        (("--structured", "pip"), "--structured pip needs --remove SHARE"),
+        (("--remove", 0.3), "--remove needs --structured NAME"),
+        ((), "give --sparsity, or --structured with --remove, or both"),
+        (("--structured", "last", "--remove", 0.9), "--remove 0.9 asks for"),
+        (("--structured", "last", "--remove", 1.5), "--remove 1.5 is outside (0, 1)"),
+    ],
+    ids=str,
+)
+def test_impossible_structured_steps_write_nothing(
+    options: tuple[object, ...], message: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    words = ("prune", "--model", model, "--calibration", text, "--samples", 4, "--sequence-length", 16, "-o", out)
+    assert message in sentence(run(*words, *options, check=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_writes_a_page_and_a_card(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report extra is not installed")
+    page, card = tmp_path / "r.html", tmp_path / "card.md"
+    run("inspect", artifact[0], "--html", page, "--markdown", card)
+    assert page.read_text().startswith("<!doctype html>")
+    assert card.read_text() == (artifact[0] / "README.md").read_text()
+    other = tmp_path / "bench.json"
+    other.write_text("{}")
+    page.unlink()
+    assert "no 'machine' in it" in sentence(run("inspect", artifact[0], "--html", page, "--bench", other, check=2))
+    assert not page.exists()
+
+
+def test_eval_beside_a_reference(
+    artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ("eval", artifact[0], "--reference", model, "--data", text, "--sequence-length", 32, "--windows", 3)
+    run(*words, "--task", "perplexity", "--task", "divergence", "--json", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    run("eval", model, "--data", text, "--sequence-length", 32, "--windows", 3, "--json", tmp_path / "d.json")
+    dense = json.loads((tmp_path / "d.json").read_text())["tasks"]["perplexity"]["value"]
+    assert result["tasks"]["perplexity"]["reference"] == pytest.approx(dense)
+    assert result["tasks"]["divergence"]["kl"] > 1e-3
+    assert 0 <= result["tasks"]["divergence"]["argmax_agreement"] < 1
+    run(*words[:1], model, *words[2:], "--task", "divergence", "--json", tmp_path / "same.json")
+    same = json.loads((tmp_path / "same.json").read_text())["tasks"]["divergence"]
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert same["argmax_agreement"] == 1
+    card = tmp_path / "card.md"
+    run("inspect", artifact[0], "--markdown", card, "--eval", tmp_path / "e.json")
+    assert f"| perplexity | {dense:.2f} |" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "wingrande"), "unknown task 'wingrande' (did you mean winogrande?)"),
+        (("--task", "perplexity"), "perplexity needs a text: --data FILE"),
+        (("--task", "divergence", "--data", "x"), "divergence needs something to be compared with"),
+        (("--task", "boolq", "--data-dir", "nowhere"), "nowhere: no such directory"),
+    ],
+    ids=str,
+)
+def test_evaluations_that_cannot_be_are_one_sentence(
+    options: tuple[str, ...], message: str, artifact: tuple[Path, dict[str, Any]]
+) -> None:
+    assert message in sentence(run("eval", artifact[0], *options, check=2))

@@ -17,6 +17,7 @@ from trim_export.artifact_writer import achieved_sparsity, sparse_config, write_
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
 from trim_export.converters.format import guard
 from trim_export.errors import UsageError, choose
+from trim_export.patterns import Blocks, parse_pattern
 from trim_export.storage import canonical_json, read_json, safe_file, write_bytes, write_tensors
 
 __all__ = ["TARGETS", "convert"]
@@ -30,7 +31,7 @@ def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] |
         target: a name in `TARGETS`: an encoding (the result is an artifact again), ``dense`` (a plain model directory
             with zeros, for any tool) or ``scipy`` (one ``.npz`` for each matrix and the other tensors).
         out: the directory to make; must not exist or be empty.
-        block: rows and columns of a block, for ``bsr``.
+        block: rows and columns of a block, for ``bsr``; None is that of the artifact's pattern, if it has one.
 
     Returns:
         What was written: target, directory, bytes before and after.
@@ -43,6 +44,7 @@ def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] |
         raise UsageError(f"--block belongs to --to bsr, not to {target}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists already; give another directory")
+    block = block or (pattern_block(artifact) if target == "bsr" else None)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -58,6 +60,12 @@ def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] |
     before = artifact.manifest["bytes"]
     return {"target": target, "directory": str(out), "bytes": written, "bytes_before": before["artifact"],
             "bytes_dense": before["dense"]}  # fmt: skip
+
+
+def pattern_block(artifact: Artifact) -> tuple[int, int] | None:
+    """The block of an artifact that was pruned in blocks, else None."""
+    pattern = parse_pattern(artifact.manifest["run"]["recipe"].get("pattern", "none"))
+    return (pattern.height, pattern.width) if isinstance(pattern, Blocks) else None
 
 
 def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Divergence", "Perplexity", "divergence", "perplexity"]
+__all__ = ["Divergence", "Perplexity", "compare", "divergence", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,24 @@ def divergence(reference: Tensor, logits: Tensor) -> Divergence:
         max_abs_diff=float((reference.double() - logits.double()).abs().max()),
         kl=max(0.0, float((expected.exp() * (expected - given)).sum(-1).mean())),
         argmax_agreement=float((reference.argmax(-1) == logits.argmax(-1)).double().mean()),
+    )
+
+
+@torch.inference_mode()
+def compare(reference: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> Divergence:
+    """How far a model is from a reference on windows of text, int64 ``[windows, tokens]``; no labels are needed.
+
+    Both models are in memory, the logits of one window at a time. Every position counts, the last too.
+    """
+    found = [
+        divergence(
+            reference(window[None].to(reference.device), use_cache=False).logits[0].float().cpu(),
+            model(window[None].to(model.device), use_cache=False).logits[0].float().cpu(),
+        )
+        for window in windows
+    ]
+    return Divergence(
+        max_abs_diff=max(one.max_abs_diff for one in found),
+        kl=sum(one.kl for one in found) / len(found),
+        argmax_agreement=sum(one.argmax_agreement for one in found) / len(found),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trim_export.errors import EnvironmentLacks
+from trim_export.errors import EnvironmentLacks, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,8 +84,10 @@ def choose_device(device: str) -> torch.device:
     """Resolve ``auto | cpu | cuda``.
 
     Raises:
+        UsageError: another word.
         EnvironmentLacks: CUDA asked for and not there.
     """
+    choose("device", device, dict.fromkeys(("auto", "cpu", "cuda")))
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLacks("no CUDA device here (torch.cuda.is_available() is false); use --device cpu")
     if device == "auto":

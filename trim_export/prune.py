@@ -34,6 +34,7 @@ from trim_export.models import (
     weight_bytes,
 )
 from trim_export.packing import pack_windows, read_apart, unpacked
+from trim_export.patterns import parse_pattern, require_fit
 from trim_export.progress import Track, silently
 from trim_export.prune_block import prune_matrix, require_finite_weight
 from trim_export.recipe import Recipe
@@ -66,13 +67,20 @@ def prune(
         track: shows progress.
 
     Raises:
-        UsageError: ``out`` holds something else, or there are too few windows to choose a layer budget by trial.
+        UsageError: ``out`` holds something else, a matrix cannot have the recipe's pattern, or there are too few
+            windows to choose a layer budget by trial.
         ModelError: nothing to prune; or weights or activations that are not finite, naming block and layer.
     """
     blocks = decoder_blocks(dense.model)
     if not any(projections(block) for block in blocks.values()):
         others = unprunable_matrices(next(iter(blocks.values())))
         raise ModelError(f"{dense.source}: nothing to prune; its blocks have no nn.Linear, but {', '.join(others)}")
+    shapes = [
+        (f"{name}.{path}", (linear.out_features, linear.in_features))
+        for name, block in blocks.items()
+        for path, linear in projections(block).items()
+    ]
+    require_fit(parse_pattern(recipe.pattern), shapes)
     packed = pack_windows(tokens, recipe.context_length, dense.model)
     if isinstance(recipe.layers, Auto):
         split_sequences(len(packed.tokens))
@@ -133,6 +141,7 @@ def describe_run(dense: DenseModel, recipe: Recipe, tokens: Tensor, compute: Com
             "sha256": dense.sha256,
             "dtype": dtype_name(dense.model.dtype),
             "bytes": weight_bytes(dense.model),
+            **({} if dense.structured is None else {"structured": dense.structured}),
         },
         "recipe": recipe.as_json() | {"calibration": source_name(recipe.calibration)},
         "calibration_sha256": sha256_bytes(tokens.cpu().numpy().tobytes()),

@@ -17,8 +17,9 @@ from trim_export.converters import SparseMatrix
 from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, run_block
 from trim_export.models import projections
+from trim_export.patterns import parse_pattern
 from trim_export.recipe import Recipe
-from trim_export.row_budgets import ROW_BUDGETS, LayerView, keep_best, uniform
+from trim_export.row_budgets import ROW_BUDGETS, LayerView, uniform
 from trim_export.scores import SCORES
 from trim_export.statistics import InputStatistics, observe_block, require_all_seen
 from trim_export.streams import Finished, observe_dense, observe_pruned
@@ -144,11 +145,12 @@ def _choose_mask(
     recipe: Recipe,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The mask that score and row budget choose, and what there is to say about the choice."""
-    score = SCORES[recipe.score].formula(weight, inputs, gradient)
+    pattern = parse_pattern(recipe.pattern)
+    score = pattern.scores(SCORES[recipe.score].formula(weight, inputs, gradient))
     layer = LayerView(weight, score, inputs.last_tokens, problem)
     plan = ROW_BUDGETS[recipe.rows].allocate(layer, sparsity, recipe.policy)
-    even = keep_best(score, uniform(layer, sparsity, recipe.policy).pruned)
-    return keep_best(score, plan.pruned), {
+    even = pattern.mask(score, uniform(layer, sparsity, recipe.policy).pruned)
+    return pattern.mask(score, plan.pruned), {
         "target_sparsity": sparsity,
         "learning_rate": plan.learning_rate,
         "cosine_uniform": output_cosine(weight, weight * even, inputs.last_tokens),

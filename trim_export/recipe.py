@@ -8,6 +8,7 @@ from typing import Any
 
 from trim_export.errors import UsageError, choose
 from trim_export.layer_budgets import LAYER_BUDGETS, Auto, LayerBudget, Owl, Uniform, split_sequences
+from trim_export.patterns import Anywhere, NofM, Pattern, parse_pattern
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
 from trim_export.storage import canonical_json, sha256_bytes
@@ -18,6 +19,8 @@ __all__ = ["RECIPES", "Recipe", "first_difference", "make_recipe"]
 
 POLICIES: dict[str, Policy] = {"exact": EXACT, "paper": PAPER}
 TARGETS = ("own", "dense", "residual")
+MASK_KEEPING = ("none", "refit")
+"""Updates that leave the mask as they get it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Recipe:
             ``dense``, the dense model's outputs there; ``residual``, the same, and layers that write into the residual
             stream also make up for what was lost before.
         counts: ``exact`` (counts sum to the target, never above the cap) or ``paper`` (the authors' code to the bit).
+        pattern: where kept weights may lie (`trim_export.patterns`): ``none``, ``N:M`` or ``block:RxC``.
         head: whether the LM head is pruned too.
         calibration: text file, data set or ``self``.
         samples: calibration windows.
@@ -49,6 +53,7 @@ class Recipe:
     update: str = "admm"
     targets: str = "residual"
     counts: str = "exact"
+    pattern: str = "none"
     head: bool = False
     calibration: str = "self"
     samples: int = 128
@@ -81,8 +86,10 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     Raises:
         UsageError: naming the first value that cannot be.
     """
-    values = choose("recipe", name, RECIPES) | {key: value for key, value in given.items() if value is not None}
-    recipe = replace(Recipe(sparsity), **values)
+    wanted = {key: value for key, value in given.items() if value is not None}
+    base = choose("recipe", name, RECIPES)
+    start = replace(Recipe(sparsity), **base)
+    recipe = replace(start, **pattern_defaults(parse_pattern(wanted.get("pattern", "none")), start) | wanted)
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity {sparsity} is outside [0, 1)")
     score = choose("score", recipe.score, SCORES)
@@ -97,6 +104,7 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
         raise UsageError(
             f"sparsity {sparsity} is above the cap of {ROW_CAP} for layers of different sparsity; use --layers uniform"
         )
+    require_consistent(parse_pattern(recipe.pattern), recipe)
     for setting in ("samples", "sequence_length"):
         if getattr(recipe, setting) < 1:
             raise UsageError(f"{setting.replace('_', ' ')} must be at least 1")
@@ -110,6 +118,29 @@ def make_recipe(name: str, sparsity: float, **given: Any) -> Recipe:
     if score.needs_gradients and recipe.sequence_length < 2:
         raise UsageError(f"score {recipe.score} needs windows of at least 2 tokens: a single one predicts nothing")
     return recipe
+
+
+def pattern_defaults(pattern: Pattern, recipe: Recipe) -> dict[str, Any]:
+    """What a recipe becomes under a pattern unless told otherwise: an update that leaves the mask alone."""
+    if isinstance(pattern, Anywhere):
+        return {}
+    update = recipe.update if recipe.update in MASK_KEEPING else "refit"
+    return {"update": update} | ({"rows": "uniform", "layers": Uniform()} if isinstance(pattern, NofM) else {})
+
+
+def require_consistent(pattern: Pattern, recipe: Recipe) -> None:
+    """Stop (`UsageError`) at settings that a pattern leaves no room for."""
+    if isinstance(pattern, Anywhere):
+        return
+    if recipe.update not in MASK_KEEPING:
+        raise UsageError(f"update {recipe.update} chooses its own mask; with --pattern use --update refit or none")
+    if isinstance(pattern, NofM):
+        if abs(recipe.sparsity - pattern.sparsity) > 1e-9:
+            raise UsageError(f"pattern {recipe.pattern} has sparsity {pattern.sparsity:g}, not {recipe.sparsity:g}")
+        if recipe.rows != "uniform" or not isinstance(recipe.layers, Uniform):
+            raise UsageError(
+                f"pattern {recipe.pattern} prunes all rows and layers alike; leave out --rows and --layers"
+            )
 
 
 def fingerprint(run: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from trim_export.runtimes import load
 from trim_export.spp import fine_tune
 from trim_export.statistics import InputStatistics, input_statistics, observe_block
 from trim_export.storage import sha256_bytes, sha256_file
+from trim_export.structured import replay
 from trim_export.training import Training
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ def load_teacher(artifact: Artifact, model: str | None = None) -> DenseModel:
             f"{dense.source}: not the model that {artifact.path} was made of (sha256 {dense.sha256[:12]}..., "
             f"the manifest says {source['sha256'][:12]}...)"
         )
-    return dense
+    record = source.get("structured")
+    return dense if record is None or dense.structured is not None else replay(dense, record)
 
 
 def recover(
@@ -238,7 +240,7 @@ def describe_recovery(artifact: Artifact, recovery: Recovery, tokens: Tensor, co
     """Everything that decides the new artifact's bytes: how the old one was made, its hash, and what is done to it."""
     return {
         **artifact.manifest["run"],
-        "source": {key: artifact.manifest["source"][key] for key in SOURCE},
+        "source": {key: value for key, value in artifact.manifest["source"].items() if key in (*SOURCE, "structured")},
         "tool_version": trim_export.__version__,
         "torch_version": torch.__version__,
         "artifact_sha256": sha256_file(artifact.path / MANIFEST),

@@ -17,12 +17,13 @@ from torch import Tensor
 from trim_export.artifact import Artifact
 from trim_export.evaluate import Divergence, divergence
 from trim_export.models import dtype_name
+from trim_export.patterns import Anywhere, parse_pattern
 from trim_export.runtimes import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPTS", "TOLERANCES", "Tolerance", "verify"]
+__all__ = ["PROMPTS", "TOLERANCES", "Tolerance", "pattern_holds", "verify"]
 
 PROMPTS = (
     "The capital of France is",
@@ -57,7 +58,8 @@ def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Ite
     """Compare runtimes with the dense masked model on real prompts.
 
     Returns:
-        ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}]}``.
+        ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}], "pattern":
+        {"name", "passed"}}``.
     """
     prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
     reference = load(artifact.path, "dense", dtype=torch.float32)
@@ -71,7 +73,26 @@ def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Ite
         given = [_logits(model, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
         results.append(_judge(name, model.dtype, expected, given))
         del model
-    return {"passed": all(result["passed"] for result in results), "runtimes": results}
+    pattern = {"name": _pattern(artifact), "passed": pattern_holds(artifact)}
+    return {
+        "passed": pattern["passed"] and all(result["passed"] for result in results),
+        "runtimes": results,
+        "pattern": pattern,
+    }
+
+
+def pattern_holds(artifact: Artifact) -> bool:
+    """Whether every matrix, the LM head too, has the pattern that the artifact was pruned to."""
+    pattern = parse_pattern(_pattern(artifact))
+    if isinstance(pattern, Anywhere):
+        return True
+    return all(
+        pattern.misfit(*matrix.shape) is None and pattern.holds(matrix.mask) for _, matrix in artifact.matrices()
+    )
+
+
+def _pattern(artifact: Artifact) -> str:
+    return str(artifact.manifest["run"]["recipe"].get("pattern", "none"))  # written by versions before patterns: none
 
 
 def _continue(model: PreTrainedModel, prompt: Tensor) -> Tensor:

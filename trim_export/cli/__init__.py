@@ -13,7 +13,7 @@ import trim_export
 from trim_export.cli.common import app, err, out
 
 # Each module adds its commands to `app`; --help lists them in this order.
-from trim_export.cli import prune, recover, artifact, measure, generate  # isort: skip  # noqa: F401
+from trim_export.cli import prune, recover, artifact, measure, evaluate, generate  # isort: skip  # noqa: F401
 from trim_export.errors import TrimExportError
 
 OUT_OF_MEMORY = "out of memory; free some, then an unfinished run continues with --resume"

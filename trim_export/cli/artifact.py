@@ -48,18 +48,41 @@ def _parse_block(text: str | None) -> tuple[int, int] | None:
 
 
 @app.command()
-def inspect(directory: Directory, json_file: Json = None) -> None:
-    """Show what an artifact holds, matrix by matrix."""
+def inspect(
+    directory: Directory,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to look at, with pictures.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a model card.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="What bench --json wrote: speed for page and card.")] = None,
+    quality: Annotated[
+        Path | None, typer.Option("--eval", help="What eval --json wrote: quality for page and card.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Show what an artifact holds, matrix by matrix; as a page with pictures, or as a model card."""
     from trim_export.artifact import open_artifact
-    from trim_export.report import module_table, summary_table
+    from trim_export.report import megabytes, model_card, module_table, summary_table
+    from trim_export.report.headline import read_measured
+    from trim_export.storage import write_bytes
 
-    manifest = open_artifact(directory).manifest
+    artifact, measured = open_artifact(directory), read_measured(bench, quality)
+    manifest = artifact.manifest
+    written: dict[Path, str] = {}
     try:
-        tables = summary_table(manifest), module_table(manifest)
+        if html is not None:
+            from trim_export.report.page import page
+
+            written[html] = page(artifact, measured)
+        if markdown is not None:
+            written[markdown] = model_card(manifest, measured)
+        summary, modules_shown = summary_table(manifest), module_table(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ArtifactError(f"{directory}: its manifest does not say how it was made ({first_line(error)})") from error
-    for shown in tables:
-        out.print(shown)
+    out.print(summary)
+    for path, text in written.items():
+        write_bytes(path, text.encode())
+        out.print(f"{path}: {megabytes(len(text.encode()))}")
+    if not written:
+        out.print(modules_shown)
     modules = [{"name": name, **entry} for name, entry in manifest["modules"].items()]
     write_json(
         json_file, {key: manifest[key] for key in ("sparsity", "bytes", "encoding", "run")} | {"modules": modules}

@@ -1,9 +1,8 @@
-"""``trim-export verify``, ``bench`` and ``eval``: what an artifact computes, how fast and how well."""
+"""``trim-export verify`` and ``bench``: what an artifact computes, and how fast."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,16 +12,12 @@ from trim_export.cli.common import (
     Json,
     Runtimes,
     app,
-    measure_perplexity,
     open_quietly,
     out,
     read_tokenizer,
     write_json,
 )
-from trim_export.errors import CheckFailed, UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trim_export.errors import CheckFailed
 
 
 @app.command()
@@ -53,9 +48,13 @@ def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = Non
             ],
         )
     )
+    if result["pattern"]["name"] != "none":
+        out.print(f"pattern {result['pattern']['name']}: {'holds' if result['pattern']['passed'] else 'BROKEN'}")
     write_json(json_file, result)
     if not result["passed"]:
         failed = [row["name"] for row in result["runtimes"] if not row["passed"]]
+        if not result["pattern"]["passed"]:
+            failed.append(f"pattern {result['pattern']['name']}")
         raise CheckFailed(f"{directory}: outside the tolerance: {', '.join(failed)}")
 
 
@@ -85,50 +84,3 @@ def bench(
     result = bench_artifact(artifact, contestants(artifact, runtime or available_runtimes(place)), workload)
     out.print(bench_table(result))
     write_json(json_file, result)
-
-
-@app.command(name="eval")
-def evaluate(
-    source: Annotated[str, typer.Argument(help="Artifact directory, or a model as for prune.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Text or JSONL file.")],
-    task: Annotated[str, typer.Option(help="perplexity.")] = "perplexity",
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Consecutive windows to score.")] = 8,
-    first_window: Annotated[int, typer.Option(min=0, help="Windows to skip.")] = 0,
-    runtime: Annotated[str, typer.Option(help="Runtime that executes an artifact.")] = "dense",
-    json_file: Json = None,
-) -> None:
-    """Measure a model or an artifact on a text."""
-    if task != "perplexity":
-        raise UsageError(f"unknown task {task!r}; known: perplexity")
-    from trim_export.calibration import read_text
-
-    text = read_text(str(data), windows * sequence_length)
-    model, tokenizer = _load_any(source, runtime)
-    score = measure_perplexity(model, tokenizer, text, sequence_length, windows, first_window)
-    result = {"tasks": {"perplexity": score}}
-    from trim_export.report import table
-
-    out.print(
-        table(
-            f"{source} on {data.name}",
-            ("task", "value", "windows", "tokens"),
-            [("perplexity", f"{score['value']:.4f}", score["windows"], score["tokens"])],
-        )
-    )
-    write_json(json_file, result)
-
-
-def _load_any(source: str, runtime: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An artifact through a runtime, or a dense model."""
-    from trim_export.artifact import JOURNAL, MANIFEST, open_artifact
-    from trim_export.models import load_model, quiet_transformers
-    from trim_export.runtimes import load
-
-    quiet_transformers()
-    path = Path(source)
-    if (path / MANIFEST).exists() or (path / JOURNAL).exists():
-        open_artifact(path)
-        return load(path, runtime), read_tokenizer(path)
-    dense = load_model(source)
-    return dense.model, dense.tokenizer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trim_export.cli.common import Device, Json, app, cost, err, measure_perplexity, out, track, write_json
+from trim_export.cli.structured import Step, require_vacant, store_reduced, structured_step
 from trim_export.errors import UsageError, choose
 
 if TYPE_CHECKING:
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 @app.command()
 def prune(
     model: Annotated[str, typer.Option(help="Model directory, hub id, .gguf file, or smollm2-135m (bundled).")],
-    sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Artifact directory to write.")],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of weights to prune, in [0, 1); may be left out with --structured or an N:M pattern."),
+    ] = None,
+    structured: Annotated[
+        str | None, typer.Option(help="First remove blocks or channels: pip, shortgpt, flap, last, random.")
+    ] = None,
+    remove: Annotated[float | None, typer.Option(help="Share of all parameters that --structured removes.")] = None,
     recipe: Annotated[
         str, typer.Option(help="Starting point: best, fast, or paper (TRIM as published, to the bit).")
     ] = "best",
@@ -33,6 +41,9 @@ def prune(
     update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
     targets: Annotated[
         str | None, typer.Option(help="What an update fits to: own, dense, residual (makes up for earlier losses).")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Where kept weights may lie: none, N:M (as 2:4) or block:RxC (as block:16x16).")
     ] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Prune the LM head too (an embedding tied to it stays dense).")
@@ -61,9 +72,12 @@ def prune(
     """Prune a model into a sparse artifact that `from_pretrained` loads."""
     from trim_export.recipe import make_recipe
 
+    if sparsity is None and pattern is not None:
+        sparsity = _own_sparsity(pattern)
+    step = structured_step(structured, remove, sparsity)
     plan = make_recipe(
         recipe,
-        sparsity,
+        sparsity or 0.0,
         score=score,
         layers=_layer_budget(
             layers,
@@ -78,6 +92,7 @@ def prune(
         rows=rows,
         update=update,
         targets=targets,
+        pattern=pattern,
         head=head,
         calibration=calibration,
         samples=samples,
@@ -87,7 +102,7 @@ def prune(
     )
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    result = _prune(model, plan, output, device, dtype, resume, overwrite, data)
+    result = _prune(model, plan, step, sparsity is None, output, device, dtype, resume, overwrite, data)
     write_json(json_file, result)
 
 
@@ -146,6 +161,14 @@ def plan(
     write_json(json_file, prediction.as_json())
 
 
+def _own_sparsity(text: str) -> float | None:
+    """The sparsity of a pattern that has only one."""
+    from trim_export.patterns import NofM, parse_pattern
+
+    pattern = parse_pattern(text)
+    return pattern.sparsity if isinstance(pattern, NofM) else None
+
+
 def _layer_budget(name: str | None, parameters: dict[str, dict[str, float]]) -> Any:
     """The layer budget of that name with its parameters; None when none was named."""
     from trim_export.layer_budgets import LAYER_BUDGETS, Auto
@@ -159,7 +182,16 @@ def _layer_budget(name: str | None, parameters: dict[str, dict[str, float]]) -> 
 
 
 def _prune(
-    source: str, recipe: Recipe, output: Path, device: str, dtype: str, resume: bool, overwrite: bool, data: Path | None
+    source: str,
+    recipe: Recipe,
+    step: Step | None,
+    only_step: bool,
+    output: Path,
+    device: str,
+    dtype: str,
+    resume: bool,
+    overwrite: bool,
+    data: Path | None,
 ) -> dict[str, Any]:
     from trim_export.artifact_writer import remove_artifact, require_room
     from trim_export.calibration import calibration_windows, read_text
@@ -170,7 +202,10 @@ def _prune(
 
     quiet_transformers()
     begin = time.perf_counter()
-    require_room(output, resume, overwrite)
+    if only_step:
+        require_vacant(output, overwrite)
+    else:
+        require_room(output, resume, overwrite)
     choose_device(device)
     if recipe.calibration != "self":
         read_text(recipe.calibration, recipe.samples * recipe.sequence_length)
@@ -186,6 +221,10 @@ def _prune(
         recipe.calibration, dense.model, dense.tokenizer, recipe.samples, recipe.sequence_length, recipe.seed
     )
     calibrated = time.perf_counter()
+    if step is not None:
+        dense = step.run(dense, tokens, compute, recipe.seed)
+        if only_step:
+            return store_reduced(dense, output, overwrite, text, cost("prune", begin, calibrated))
     if overwrite:
         remove_artifact(output)
     artifact = prune_model(dense, recipe, tokens, output, compute, resume, track)

@@ -1,34 +1,35 @@
-"""Tables and text that people read, made from manifests and measurements."""
+"""Tables that people read in a terminal, made from manifests and measurements."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from trim_export.report.words import (
+    achieved,
+    in_order,
+    megabytes,
+    method_sentence,
+    recovery_sentence,
+    structured_sentence,
+)
+
 __all__ = [
-    "achieved",
     "bench_table",
     "block_table",
     "choice_sentence",
     "choice_table",
     "facts",
-    "in_order",
-    "megabytes",
-    "model_card",
     "module_table",
     "recovery_table",
+    "structured_table",
     "summary_table",
     "table",
 ]
-
-
-def megabytes(count: float) -> str:
-    """Bytes as decimal megabytes."""
-    return f"{count / 1e6:,.1f} MB"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -51,24 +52,31 @@ def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     return result
 
 
-def in_order(modules: Mapping[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Module entries block by block, whatever order JSON gave them."""
-    return sorted(modules.items(), key=lambda item: (item[1]["file"], item[0]))
-
-
 def summary_table(manifest: dict[str, Any]) -> Table:
     """What an artifact is and what it saves."""
-    sizes, sparsity = manifest["bytes"], manifest["sparsity"]
+    sizes, sparsity, removed = manifest["bytes"], manifest["sparsity"], manifest["source"].get("structured")
     return facts(
         "artifact",
         [
             ("source model", f"{manifest['source']['model']} ({manifest['source']['dtype']})"),
-            ("method", _method(manifest)),
-            *([("recovery", _recovery(manifest["recovery"]))] if "recovery" in manifest else []),
+            *([("before that", structured_sentence(removed))] if removed else []),
+            ("method", method_sentence(manifest)),
+            *([("recovery", recovery_sentence(manifest["recovery"]))] if "recovery" in manifest else []),
             ("sparsity", f"{sparsity['achieved']:.5f} (target {sparsity['target']:g})"),
             ("pruned matrices", len(manifest["modules"])),
             ("weight files", f"{megabytes(sizes['artifact'])} of {megabytes(sizes['dense'])} dense"),
             ("size ratio", f"{sizes['artifact'] / sizes['dense']:.3f}"),
+        ],
+    )
+
+
+def structured_table(record: dict[str, Any]) -> Table:
+    """What structured pruning removed and what is left."""
+    return facts(
+        "structured pruning",
+        [
+            ("method", structured_sentence(record)),
+            ("weights", f"{megabytes(record['bytes'])} of {megabytes(record['source_bytes'])}"),
         ],
     )
 
@@ -169,49 +177,6 @@ def bench_table(result: dict[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def model_card(manifest: dict[str, Any]) -> str:
-    """The artifact's README.md."""
-    sizes, sparsity = manifest["bytes"], manifest["sparsity"]
-    return f"""---
-library_name: transformers
-tags: [sparse, pruned, trim-export]
----
-
-# {manifest["source"]["model"]}, {sparsity["achieved"]:.1%} sparse
-
-Pruned with trim-export {manifest["tool_version"]}: {_method(manifest)}.\
-{f" Then recovered: {_recovery(manifest['recovery'])}." if "recovery" in manifest else ""}
-{"Kept weights were updated." if manifest["weights_updated"] else "Kept weights are those of the dense model."}
-
-| | |
-|---|---|
-| sparsity of the pruned matrices | {sparsity["achieved"]:.5f} (target {sparsity["target"]:g}) |
-| pruned matrices | {len(manifest["modules"])} |
-| weight files | {megabytes(sizes["artifact"])}; dense {megabytes(sizes["dense"])} |
-| encoding | {manifest["encoding"]} |
-
-```python
-import trim_export.runtimes  # registers the loader
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/DIRECTORY")
-```
-
-`trim_manifest.json` holds every layer's sparsity and quality and the hash of every file; `trim-export check` verifies
-them.
-"""
-
-
-def _method(manifest: dict[str, Any]) -> str:
-    recipe = manifest["run"]["recipe"]
-    layers = recipe["layers"]["name"]
-    if "layer_choice" in manifest:
-        layers = f"{manifest['layer_choice']['chosen']['name']} (by trial)"
-    budgets = f"{recipe['rows']} row budgets, {layers} block budgets, {recipe['counts']} counts"
-    text = f"{recipe['samples']} x {recipe['sequence_length']} tokens of {recipe['calibration']}, seed {recipe['seed']}"
-    return f"{recipe['score']} scores, {budgets}, weight update: {recipe['update']}; calibrated on {text}"
-
-
 def recovery_table(manifest: dict[str, Any]) -> Table:
     """One line for each thing that was trained: the loss on the held-out windows, and the step that did best."""
     recovery = manifest["recovery"]
@@ -223,25 +188,6 @@ def recovery_table(manifest: dict[str, Any]) -> Table:
             for name, loss in sorted(recovery["losses"].items())
         ],
     )
-
-
-def _recovery(recovery: dict[str, Any]) -> str:
-    before, after = (
-        statistics.mean(loss[when] for loss in recovery["losses"].values()) for when in ("before", "after")
-    )
-    text = f"{recovery['samples']} x {recovery['sequence_length']} tokens of {recovery['calibration']}"
-    return (
-        f"{recovery['method']}, {recovery['steps']} steps at {recovery['learning_rate']:g} on {text}, "
-        f"seed {recovery['seed']}; {recovery['measure']} {before:.4f} -> {after:.4f}"
-    )
-
-
-def achieved(entries: Iterable[dict[str, Any]]) -> float:
-    """Share of weights that are pruned over all the matrices that ``entries`` describe."""
-    entries = list(entries)
-    kept: int = sum(entry["nnz"] for entry in entries)
-    weights: int = sum(entry["shape"][0] * entry["shape"][1] for entry in entries)
-    return 1 - kept / weights
 
 
 def _budget(budget: dict[str, Any]) -> str:

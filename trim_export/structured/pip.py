@@ -1,0 +1,145 @@
+"""PIP: perturbation-based iterative pruning of decoder blocks (arXiv 2501.15278, Findings of EMNLP 2025).
+
+Two views of the calibration text are read: as it is, and with characters edited. A block whose gradients hardly differ
+between the views is insensitive to what changed, and goes first; after each removal all is measured anew.
+
+The paper's body could not be had when this was written; from its abstract and summaries follow the views, the gradient
+difference, whole blocks, and the iteration. Decided here: the difference is the Frobenius norm over all parameters of a
+block, of each window's mean loss, averaged over windows; a third of the words are edited; one block goes at a time;
+the perturbed view is cut to the tokens of the original one, because edited words need more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trim_export.errors import ModelError, UsageError
+from trim_export.forward import Compute
+from trim_export.models import DenseModel, decoder_blocks
+from trim_export.progress import Track
+from trim_export.structured.depth import blocks_to_remove, remove_blocks
+from trim_export.structured.perturbation import perturb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Pip", "gradient_differences", "perturbed_windows"]
+
+CHECKPOINTED_PARAMETERS = 1_000_000_000
+"""From this size on activations are computed again in the backward pass instead of being held."""
+
+
+@dataclass(frozen=True)
+class Pip:
+    """Remove the block of least gradient difference, and begin again.
+
+    Time: a forward and a backward pass of two views of ``windows`` windows for each block removed. Memory: the model,
+    one set of gradients of its blocks, and one window's activations.
+
+    Attributes:
+        windows: of the calibration text, evenly spread, that are read.
+        rate: share of the words that are edited.
+    """
+
+    windows: int = 16
+    rate: float = 1 / 3
+    name: str = "pip"
+
+    def __call__(
+        self, dense: DenseModel, tokens: Tensor, share: float, seed: int, compute: Compute, track: Track[Any]
+    ) -> dict[str, Any]:
+        """Remove blocks one by one until the share is reached."""
+        count = blocks_to_remove(dense.model, share)
+        if tokens.shape[1] < 2:
+            raise UsageError("pip needs calibration windows of at least 2 tokens: a single one predicts nothing")
+        clean = tokens[:: max(1, len(tokens) // self.windows)][: self.windows]
+        perturbed = perturbed_windows(clean, dense.tokenizer, self.rate, seed)
+        present = list(range(len(decoder_blocks(dense.model))))
+        steps = []
+        for _ in track(list(range(count)), "gradient differences"):
+            differences = gradient_differences(dense.model, clean, perturbed, compute)
+            least = min(range(len(present)), key=differences.__getitem__)
+            remove_blocks(dense.model, [least])
+            steps.append({"block": present.pop(least), "difference": differences[least]})
+        return {"blocks": sorted(step["block"] for step in steps), "steps": steps}
+
+
+def perturbed_windows(clean: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float, seed: int) -> list[Tensor]:
+    """The perturbed view of each window, int64 ``[tokens]``, at most as long as the window.
+
+    Raises:
+        UsageError: a window without words, of which too little is left to predict.
+    """
+    views = []
+    for number, window in enumerate(clean):
+        text = perturb(str(tokenizer.decode(window)), rate, seed + number)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: len(window)], dtype=torch.int64)
+        if len(ids) < 2:
+            raise UsageError(f"calibration window {number} has no text to perturb; give another --calibration")
+        views.append(ids)
+    return views
+
+
+def gradient_differences(
+    model: PreTrainedModel, clean: Tensor, perturbed: list[Tensor], compute: Compute
+) -> list[float]:
+    """``mean_x |grad_l L(x') - grad_l L(x)|`` of every block l, over all its parameters.
+
+    Raises:
+        ModelError: naming the first block at which that is not finite.
+    """
+    blocks = decoder_blocks(model)
+    totals = dict.fromkeys(blocks, 0.0)
+    model.to(compute.device)  # type: ignore[arg-type]  # transformers types it as if it took a module
+    try:
+        with torch.enable_grad(), _differentiable(model, blocks):
+            for window, view in zip(clean, perturbed, strict=True):
+                # Gradients of the two losses add up where autograd puts them, one with its sign reversed.
+                for ids, sign in ((view, 1.0), (window, -1.0)):
+                    batch = ids[None].to(compute.device, copy=True)
+                    with compute.context():
+                        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+                    (sign * loss).backward()
+                for name, block in blocks.items():
+                    totals[name] += float(_take_gradient_norm(block)) / len(perturbed)
+    finally:
+        model.to("cpu")  # type: ignore[arg-type]
+    for name, total in totals.items():
+        if not torch.isfinite(torch.tensor(total)):
+            raise ModelError(f"{name}: NaN or infinity in its gradients; use --structured shortgpt")
+    return list(totals.values())
+
+
+def _take_gradient_norm(block: nn.Module) -> Tensor:
+    """Norm of a block's gradients, which are dropped."""
+    square = torch.zeros((), dtype=torch.float64)
+    for parameter in block.parameters():
+        if parameter.grad is not None:
+            square += parameter.grad.double().square().sum().cpu()
+            parameter.grad = None
+    return square.sqrt()
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Gradients for the blocks' parameters alone; large models do not hold their activations."""
+    checkpointing = sum(parameter.numel() for parameter in model.parameters()) >= CHECKPOINTED_PARAMETERS
+    model.requires_grad_(False)
+    for block in blocks.values():
+        block.requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints only then; the models that we prune have no dropout to switch on
+    try:
+        yield
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.requires_grad_(False)
+        model.eval()
