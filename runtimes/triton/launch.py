@@ -127,7 +127,7 @@ def splits(packed: Packed, device: torch.device, choice: Choice) -> int:
     # A part should still fill a warp once.
     steps = packed.index.numel() // (1 if packed.gaps is not None else 8) // max(1, packed.rows * LANES)
     parts = 1
-    while parts < min(16, steps) and packed.rows * parts < wanted:
+    while 2 * parts <= min(16, steps) and packed.rows * parts < wanted:
         parts *= 2
     return parts
 

@@ -39,7 +39,8 @@ class TritonRuntime:
             return "Triton is not installed (torch for CUDA brings it); use --runtime torch-sparse"
         capability = torch.cuda.get_device_capability()
         if torch.version.hip is None and capability < _OLDEST:
-            return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; use --runtime torch-sparse"
+            has = ".".join(map(str, capability))
+            return f"needs compute capability 8.0 and this GPU has {has}; use --runtime torch-sparse"
         return None
 
     def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
@@ -156,7 +157,7 @@ class TritonLinear(SparseLinear):
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in the dtype of the inputs."""
         output = self.packed.part(self.member, inputs)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def matrix(self) -> SparseMatrix:
         """The stored weights, bit for bit, on the CPU."""
