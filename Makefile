@@ -8,10 +8,10 @@ native := $(shell find trim_export converters runtimes -name '*.cpp' -o -name '*
 quiet_env := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint demo bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(stamp) ## install into .venv (again only when the package's build inputs changed)
 
@@ -46,6 +46,9 @@ demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and r
 bench: setup ## time TRIM's search against the published loop, and pruning with each recipe
 	$(quiet_env) $(bin)/python -m benchmarks.trim_search
 	$(quiet_env) $(bin)/python -m benchmarks.prune_time --blocks 4
+
+bench-gpu: setup ## on a machine with a GPU: every layer shape against cuBLAS, cuSPARSE and int4 (writes gpu_layers.json)
+	$(bin)/python -m benchmarks.gpu_layers --json gpu_layers.json
 
 clean: ## remove what was built and written here; .venv stays, the next target installs into it again
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)

@@ -1,7 +1,7 @@
 """From how many tokens on a GPU had better expand the weight, and how finely it wants its work cut.
 
-Without a measurement these are predictions (``benchmarks/roofline.py``); ``trim-export bench --tune`` writes measured
-ones to a small JSON file, one entry for each kind of GPU.
+Without a measurement these are predictions (``benchmarks/roofline.py``); ``python -m benchmarks.gpu_layers --tune``
+writes measured ones to a small JSON file, one entry for each kind of GPU.
 """
 
 from __future__ import annotations
