@@ -8,10 +8,10 @@ native := $(shell find trim_export converters runtimes -name '*.cpp' -o -name '*
 quiet_env := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench fuzz crash audit clean
+.PHONY: help setup test lint demo bench bench-gpu fuzz crash audit clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(stamp) ## install into .venv (again only when the package's build inputs changed)
 
@@ -58,6 +58,9 @@ crash: setup ## kill pruning and converting 48 times over 12 runs; the bytes mus
 audit: setup ## look the installed packages up in the database of known vulnerabilities (needs the network)
 	$(bin)/pip install --quiet pip-audit
 	$(bin)/pip-audit --skip-editable
+
+bench-gpu: setup ## on a machine with a GPU: every layer shape against cuBLAS, cuSPARSE and int4 (writes gpu_layers.json)
+	$(bin)/python -m benchmarks.gpu_layers --json gpu_layers.json
 
 clean: ## remove what was built and written here; .venv stays, the next target installs into it again
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)

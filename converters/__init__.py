@@ -11,23 +11,27 @@ from trim_export.converters.bitmap import Bitmap
 from trim_export.converters.bitmap_4x64 import Bitmap4x64
 from trim_export.converters.bsr import Bsr
 from trim_export.converters.csr import Csr
+from trim_export.converters.csr_interleaved import InterleavedCsr
 from trim_export.converters.dense import Dense
 from trim_export.converters.encoding import Encoding, nbytes
+from trim_export.converters.g8 import G8
 from trim_export.converters.matrix import SparseMatrix
 
 __all__ = [
     "ENCODINGS",
+    "G8",
     "Bitmap",
     "Bitmap4x64",
     "Bsr",
     "Csr",
     "Dense",
     "Encoding",
+    "InterleavedCsr",
     "SparseMatrix",
     "nbytes",
     "require_finite",
 ]
 
-_KNOWN: tuple[Encoding, ...] = (Bitmap(), Csr(), Bsr(), Bitmap4x64(), Dense())
+_KNOWN: tuple[Encoding, ...] = (Bitmap(), Csr(), Bsr(), Bitmap4x64(), G8(), InterleavedCsr(), Dense())
 
 ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _KNOWN}

@@ -38,6 +38,7 @@ from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
+from trim_export.runtimes.triton import TritonRuntime
 from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
 
 __all__ = [
@@ -50,9 +51,10 @@ __all__ = [
     "pick_runtime",
 ]
 
-# Decoding is most of the work where a model talks, and there torch-sparse is still the faster one
+# On a GPU triton is preferred by prediction, not by measurement. On the CPU, where it does not execute:
+# decoding is most of the work where a model talks, and there torch-sparse is still the faster one
 # (benchmarks/results/smollm2_0.8_bench.json).
-_KNOWN: tuple[Runtime, ...] = (TorchSparseRuntime(), NativeRuntime(), DenseRuntime())
+_KNOWN: tuple[Runtime, ...] = (TritonRuntime(), TorchSparseRuntime(), NativeRuntime(), DenseRuntime())
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
 """Runtimes by name, the preferred one first."""
@@ -312,6 +314,8 @@ class TrimSparseQuantizer(HfQuantizer):
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
+        if isinstance(runtime, TritonRuntime):
+            runtime.finish(model)
         if isinstance(runtime, DenseRuntime):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model

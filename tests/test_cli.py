@@ -161,7 +161,7 @@ def test_eval_measures_an_artifact_and_its_dense_model(
     assert values["sparse"]["value"] != values["dense"]["value"]
 
 
-@pytest.mark.parametrize("target", ["csr", "bsr", "bitmap", "bitmap-4x64"])
+@pytest.mark.parametrize("target", ["csr", "bsr", "bitmap", "bitmap-4x64", "g8"])
 def test_convert_makes_an_artifact_that_verifies(
     artifact: tuple[Path, dict[str, Any]], target: str, tmp_path: Path
 ) -> None:

@@ -138,6 +138,8 @@ TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None], None]] = {
     "csr": _write_artifact,
     "bsr": _write_artifact,
     "bitmap-4x64": _write_artifact,
+    "g8": _write_artifact,
+    "csr-interleaved": _write_artifact,
     "dense": _write_dense,
     "scipy": _write_scipy,
 }

@@ -10,7 +10,7 @@ from strategies import DTYPES, assert_same, matrices
 from trim_export.converters import ENCODINGS, Encoding, SparseMatrix, nbytes
 from trim_export.errors import ArtifactError
 
-EXACT = [ENCODINGS["bitmap"], ENCODINGS["csr"], ENCODINGS["bitmap-4x64"]]
+EXACT = [ENCODINGS[name] for name in ("bitmap", "csr", "bitmap-4x64", "g8", "csr-interleaved")]
 ZERO_DROPPING = [ENCODINGS["bsr"], ENCODINGS["dense"]]
 ALL = EXACT + ZERO_DROPPING
 
@@ -29,7 +29,7 @@ def matrix() -> SparseMatrix:
 
 
 def test_the_registry_is_keyed_by_name() -> None:
-    assert list(ENCODINGS) == ["bitmap", "csr", "bsr", "bitmap-4x64", "dense"]
+    assert list(ENCODINGS) == ["bitmap", "csr", "bsr", "bitmap-4x64", "g8", "csr-interleaved", "dense"]
     assert all(name == encoding.name for name, encoding in ENCODINGS.items())
 
 

@@ -14,7 +14,7 @@ from trim_export.errors import ArtifactError, CheckFailed, UsageError, first_lin
 @app.command()
 def convert(
     directory: Directory,
-    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, dense or scipy.")],
+    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, g8, csr-interleaved, dense or scipy.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
     json_file: Json = None,

@@ -1,0 +1,228 @@
+"""Layer by layer on a GPU: our kernels against cuBLAS, torch's CSR (cuSPARSE) and int4, for shapes of real models.
+
+    python -m benchmarks.gpu_layers [--json FILE] [--tune]
+
+Needs a CUDA device. Times are medians over replays of a CUDA graph, with the L2 cache flushed in between; contestants
+go round in turn. ``--tune`` writes what was measured to be best into the table that the runtime reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trim_export.converters import SparseMatrix
+from trim_export.errors import EnvironmentLacks
+from trim_export.runtimes import Layout
+from trim_export.runtimes.torch_sparse import TorchSparseLinear
+from trim_export.runtimes.triton import PackedRows, TritonRuntime
+from trim_export.runtimes.triton.launch import FEW, Packed, by_expanding, by_gathering, by_gathering_few, splits
+from trim_export.runtimes.triton.tuning import Choice, choice_for, write_choice
+
+__all__ = ["best_choice", "main", "sweep"]
+
+SHAPES = {
+    "Llama-2-7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "Llama-2-13B": ((5120, 5120), (13824, 5120), (5120, 13824)),
+    "Qwen2.5-14B": ((1024, 5120), (13824, 5120), (5120, 13824)),
+}
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+TOKENS = (1, 2, 4, 8, 16, 512)
+WAVES = (1, 2, 4)
+ROUNDS = 20
+INT4 = "torch int4"
+"""Has random weights of its own, so an error of it would mean nothing."""
+_INT4_GROUP = 128
+_FLUSHED_BYTES = 256 * 2**20
+
+Product = Callable[[], Tensor]
+
+
+def sweep(device: torch.device) -> list[dict[str, Any]]:
+    """One row for each shape, sparsity, number of tokens and contestant, with times and errors.
+
+    Errors are relative to the product of the same weights in float64.
+    """
+    rows = []
+    for model, shapes in SHAPES.items():
+        for shape in shapes:
+            for sparsity in SPARSITIES:
+                matrix = _random(shape, sparsity)
+                packed = _packed(matrix, device)
+                for tokens in TOKENS:
+                    inputs = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+                    exact = inputs.double() @ matrix.to_dense().to(device).double().T
+                    entries = contestants(matrix, packed, inputs)
+                    times = _measure(entries, device)
+                    for name, product in entries.items():
+                        error = float((product().double() - exact).norm() / exact.norm()) if name != INT4 else None
+                        rows.append(
+                            {
+                                "model": model,
+                                "shape": list(shape),
+                                "sparsity": sparsity,
+                                "tokens": tokens,
+                                "contestant": name,
+                                "median_us": statistics.median(times[name]) * 1e3,
+                                "min_us": min(times[name]) * 1e3,
+                                "ratio_to_cublas": statistics.median(times["cublas"]) / statistics.median(times[name]),
+                                "relative_error": error,
+                            }
+                        )
+    return rows
+
+
+def contestants(matrix: SparseMatrix, packed: Packed, inputs: Tensor) -> dict[str, Product]:
+    """Products of ``inputs`` with the same weights, by name; the first is dense."""
+    device, tokens = inputs.device, inputs.shape[0]
+    weight = matrix.to_dense().to(device)
+    csr = TorchSparseLinear(matrix, None, Layout(device))
+    found: dict[str, Product] = {
+        "cublas": lambda: torch.nn.functional.linear(inputs, weight),
+        "torch csr": lambda: csr(inputs),
+        "expand": lambda: by_expanding(packed, inputs),
+    }
+    if tokens == 1:
+        for waves in WAVES:
+            parts = splits(packed, device, Choice(1, waves))
+            found[f"spmv, {waves} waves"] = lambda parts=parts: by_gathering(packed, inputs, parts)  # type: ignore[misc]
+    elif tokens <= FEW:
+        found["spmm"] = lambda: by_gathering_few(packed, inputs)
+    int4 = _int4(weight, inputs)
+    return found | ({INT4: int4} if int4 else {})
+
+
+def best_choice(rows: list[dict[str, Any]], present: Choice) -> Choice:
+    """What the measurements recommend: the waves of the least total time, and up to how many tokens spmm wins.
+
+    Over all layers together, since the table has one entry for a GPU. Without measurements ``present`` stays.
+    """
+    totals: dict[tuple[int, str], float] = {}
+    for row in rows:
+        key = (row["tokens"], row["contestant"])
+        totals[key] = totals.get(key, 0.0) + row["median_us"]
+    waves = {name: total for (tokens, name), total in totals.items() if tokens == 1 and name.startswith("spmv")}
+    gathered = 1
+    for tokens in sorted({tokens for tokens, name in totals if name == "spmm"}):
+        if totals[tokens, "spmm"] > totals[tokens, "expand"]:
+            break
+        gathered = tokens
+    if not waves:
+        return present
+    return Choice(gathered, int(min(waves, key=lambda name: waves[name]).split()[1]))
+
+
+def main() -> None:
+    """Measure, print a line for each row, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    parser.add_argument("--tune", action="store_true", help="write the best choice for this GPU to the runtime's table")
+    options = parser.parse_args()
+    reason = TritonRuntime().unavailable()
+    if reason:
+        raise SystemExit(str(EnvironmentLacks(f"this benchmark needs the runtime triton: {reason}")))
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = sweep(device)
+    for row in rows:
+        print(
+            "{model:12s} {shape!s:14s} {sparsity:.0%} {tokens:4d} tokens  {contestant:14s} {median_us:9.1f} us  "
+            "{ratio_to_cublas:5.2f}x cuBLAS  error {relative_error}".format(**row)
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    if options.tune:
+        choice = best_choice(rows, choice_for(device))
+        print(f"{choice} written to {write_choice(torch.cuda.get_device_name(device), choice)}")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the times were measured on: card, driver, clocks and versions."""
+    import triton
+
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError):
+        said = []
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        **dict(zip(query.split(","), said, strict=False)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+def _measure(entries: dict[str, Product], device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each contestant in each round."""
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    runs = {name: _recorded(product) for name, product in entries.items()}
+    times: dict[str, list[float]] = {name: [] for name in entries}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flushed.zero_()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return times
+
+
+def _recorded(product: Product) -> Callable[[], Any]:
+    """A product as a CUDA graph, or itself where a library does not let itself be recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills the libraries' workspaces
+        for _ in range(3):
+            product()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            product()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return product
+    return graph.replay
+
+
+def _int4(weight: Tensor, inputs: Tensor) -> Product | None:
+    """torch's weight-only int4 product of random weights of this shape; None where torch has none."""
+    try:
+        codes = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), device=weight.device, dtype=torch.uint8)
+        packed = torch._convert_weight_to_int4pack(codes, 8)
+        groups = weight.shape[1] // _INT4_GROUP
+        scales = torch.ones(groups, weight.shape[0], 2, device=weight.device, dtype=torch.bfloat16)
+        torch._weight_int4pack_mm(inputs, packed, _INT4_GROUP, scales)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    return lambda: torch._weight_int4pack_mm(inputs, packed, _INT4_GROUP, scales)
+
+
+def _random(shape: tuple[int, int], sparsity: float) -> SparseMatrix:
+    """Random places, rows up to 15 points around the sparsity, as TRIM leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (sparsity + 0.3 * (torch.rand(shape[0], 1, generator=generator) - 0.5)).clamp(0, 1)
+    mask = torch.rand(shape, generator=generator) >= rows
+    return SparseMatrix(mask, torch.randn(int(mask.sum()), generator=generator).to(torch.bfloat16))
+
+
+def _packed(matrix: SparseMatrix, device: torch.device) -> Packed:
+    rows = PackedRows.pack(matrix, device)
+    return Packed(rows.order, rows.ptr, rows.index, rows.gaps, rows.values, rows.columns)
+
+
+if __name__ == "__main__":
+    main()
