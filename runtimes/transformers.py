@@ -242,6 +242,8 @@ class TrimSparseQuantizer(HfQuantizer):
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
+        if isinstance(runtime, NativeRuntime):
+            runtime.finish(model)
         if isinstance(runtime, DenseRuntime):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model

@@ -1,5 +1,19 @@
 """Our own CPU kernels: a small C++ library (``trim_native.h``), and what makes it a runtime."""
 
-from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, NativeRuntime, sparse_linear
+from trim_export.runtimes.native.dense import DenseLinear
+from trim_export.runtimes.native.fused import FusedLinear, fuse
+from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, sparse_linear
+from trim_export.runtimes.native.matrix import NativeMatrix, lay_out
+from trim_export.runtimes.native.runtime import NativeRuntime
 
-__all__ = ["MaskedLinear", "NativeLinear", "NativeRuntime", "sparse_linear"]
+__all__ = [
+    "DenseLinear",
+    "FusedLinear",
+    "MaskedLinear",
+    "NativeLinear",
+    "NativeMatrix",
+    "NativeRuntime",
+    "fuse",
+    "lay_out",
+    "sparse_linear",
+]
