@@ -28,7 +28,7 @@ from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
-from trim_export.runtimes.native import NativeRuntime
+from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 
 __all__ = [
@@ -41,12 +41,14 @@ __all__ = [
     "pick_runtime",
 ]
 
-# Decoding is most of the work where a model talks, and there torch-sparse is still the faster one
-# (benchmarks/results/smollm2_0.8_bench.json).
-_KNOWN: tuple[Runtime, ...] = (TorchSparseRuntime(), NativeRuntime(), DenseRuntime())
+# Native is the faster one in decode and prefill (benchmarks/results/smollm2_0.8_bench.json).
+_KNOWN: tuple[Runtime, ...] = (NativeRuntime(), TorchSparseRuntime(), DenseRuntime())
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
 """Runtimes by name, the preferred one first."""
+
+LM_HEADS = {"stored": "stored", "int8": "int8"}
+"""Forms in which an LM head can be held."""
 
 STORED_DTYPES = {
     "F32": torch.float32,
@@ -60,7 +62,11 @@ STORED_DTYPES = {
 
 
 def load(
-    directory: Path | str, runtime: str = "auto", dtype: torch.dtype | None = None, device: str = "cpu"
+    directory: Path | str,
+    runtime: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    lm_head: str = "stored",
 ) -> PreTrainedModel:
     """Load an artifact for execution; never touches the network.
 
@@ -69,6 +75,7 @@ def load(
         runtime: a name in `RUNTIMES`, or ``auto`` for the best that is available. ``dense`` gives an ordinary model.
         dtype: to compute in; the stored one if None.
         device: to load to.
+        lm_head: a name in `LM_HEADS`: as it is stored, or with the embedding tied to it in ``int8`` (not exact).
 
     Raises:
         ArtifactError: damaged or inconsistent; names file, module and reason.
@@ -76,6 +83,7 @@ def load(
         EnvironmentLacks: a runtime that is not available here.
     """
     pick_runtime(runtime, torch.device(device).type)
+    choose("LM head", lm_head, LM_HEADS)
     if not (Path(directory) / "config.json").is_file():
         raise ArtifactError(f"{directory}: no config.json, so not a finished artifact")
     try:
@@ -94,6 +102,8 @@ def load(
     except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers says to damaged JSON
         raise ArtifactError(f"{directory}: cannot be loaded ({first_line(error)})") from error
     model.eval()
+    if lm_head == "int8":
+        quantize_head(model)
     return model
 
 
@@ -250,6 +260,8 @@ class TrimSparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors with every sparse layer in the artifact's encoding again."""
+        if isinstance(model.get_output_embeddings(), QuantizedLinear):
+            raise UsageError("a model with an 8-bit LM head is not what was stored; load it without to save it")
         state = dict(model.state_dict())
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):

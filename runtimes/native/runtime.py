@@ -10,7 +10,7 @@ from trim_export.runtimes.native.dense import DenseLinear
 from trim_export.runtimes.native.fused import fuse
 from trim_export.runtimes.native.library import library
 from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear
-from trim_export.runtimes.native.policy import BREAK_EVEN
+from trim_export.runtimes.native.policy import hardly_sparse
 
 __all__ = ["NativeRuntime"]
 
@@ -28,9 +28,9 @@ class NativeRuntime:
         return None
 
     def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
-        """A `NativeLinear`, or below `BREAK_EVEN` a `MaskedLinear`."""
+        """A `NativeLinear`, or a `MaskedLinear` if hardly sparse."""
         rows, columns = matrix.shape
-        if matrix.nnz > (1 - BREAK_EVEN) * rows * columns:
+        if hardly_sparse(1 - matrix.nnz / (rows * columns), matrix.values.dtype):
             return MaskedLinear(matrix, bias, layout)
         return NativeLinear(matrix, bias, layout)
 
