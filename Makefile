@@ -43,9 +43,10 @@ demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and r
 	$(quiet_env) $(bin)/trim-export convert demo/artifact --to csr -o demo/csr
 	$(quiet_env) $(bin)/trim-export generate demo/artifact --prompt "The capital of France is" --max-new-tokens 24
 
-bench: setup ## time TRIM's search against the published loop, and pruning with each recipe
+bench: setup ## time TRIM's search against the published loop, pruning with each recipe, and single layers
 	$(quiet_env) $(bin)/python -m benchmarks.trim_search
 	$(quiet_env) $(bin)/python -m benchmarks.prune_time --blocks 4
+	$(quiet_env) $(bin)/python -m benchmarks.cpu_layers --json benchmarks/results/cpu_layers.json
 
 clean: ## remove what was built and written here; .venv stays, the next target installs into it again
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis $(stamp)

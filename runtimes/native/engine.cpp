@@ -294,6 +294,11 @@ Span part(std::int64_t total, std::int32_t share, std::int32_t count) {
     return {total * share / count, total * (share + 1) / count};
 }
 
+// Threads for moving so many floats in or out of panels; each takes about as long as two listed weights.
+std::int32_t packing_threads(std::int64_t floats, std::int32_t threads) {
+    return Shares::thread_count(2.0 * static_cast<double>(floats), threads);
+}
+
 std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const float* inputs, std::int64_t tokens,
                             std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                             std::int32_t threads) {
@@ -304,18 +309,19 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     const std::size_t input_bytes = round_up(static_cast<std::size_t>(matrix.words * kWordColumns) * token_bytes);
     const std::size_t output_bytes = round_up(static_cast<std::size_t>(matrix.rows) * token_bytes);
     const std::size_t tile_bytes = round_up(kernel.scratch_bytes);
-    const Scratch scratch = allocate(input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count));
-    if (!scratch) return TRIM_NATIVE_NO_MEMORY;
-    char* const memory = static_cast<char*>(scratch.get());
+    char* const memory = reinterpret_cast<char*>(
+        reserve(static_cast<std::int64_t>((input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count)) /
+                                          sizeof(float))));
+    if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     float* const packed_inputs = reinterpret_cast<float*>(memory);
     float* const packed_outputs = reinterpret_cast<float*>(memory + input_bytes);
     char* const tiles = memory + input_bytes + output_bytes;
 
-    run(count, [&](std::int32_t share) {
-        pack_inputs(matrix, part(matrix.words, share, count), inputs, tokens, input_stride, kernel,
-                    packed_inputs);
-        const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, count);
-        std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(bytes.last - bytes.first));
+    const std::int32_t packers = packing_threads(tokens * matrix.columns, threads);
+    run(packers, [&](std::int32_t share) {
+        pack_inputs(matrix, part(matrix.words, share, packers), inputs, tokens, input_stride, kernel, packed_inputs);
+        const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, packers);
+        std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(length(bytes)));
         return true;
     });
     const bool good = run(count, [&](std::int32_t share) {
@@ -324,8 +330,9 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
                kernel.lists(matrix, shares.blocks(share), packed_inputs, packed_outputs, vectors, tile);
     });
     if (!good) return TRIM_NATIVE_BAD_MASK;
-    run(count, [&](std::int32_t share) {
-        unpack_outputs(matrix, part(matrix.rows, share, count), packed_outputs, tokens, output_stride, kernel,
+    const std::int32_t unpackers = packing_threads(tokens * matrix.rows, threads);
+    run(unpackers, [&](std::int32_t share) {
+        unpack_outputs(matrix, part(matrix.rows, share, unpackers), packed_outputs, tokens, output_stride, kernel,
                        outputs);
         return true;
     });

@@ -81,8 +81,9 @@ class FusedLinear(SparseLinear):
 
 def fuse(model: nn.Module) -> None:
     """Make siblings of a model one product, where all of them are native and have values of one dtype."""
-    for parent in list(model.modules()):
-        for names in SIBLINGS:
+    for names in SIBLINGS:
+        # Parents only: what a sibling held is to be freed when it is replaced, not when all are.
+        for parent in [module for module in model.modules() if hasattr(module, names[0])]:
             found = [getattr(parent, name, None) for name in names]
             layers = [layer for layer in found if isinstance(layer, NativeLinear)]
             kinds = {(layer.in_features, layer.weights.values.dtype) for layer in layers}
