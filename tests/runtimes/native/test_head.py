@@ -19,7 +19,7 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 @pytest.mark.parametrize("runtime", ["native", "dense"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_logits_are_those_of_a_head_rounded_to_eight_bits(
     pruned: Callable[..., Artifact], runtime: str, kind: str
 ) -> None:
