@@ -6,6 +6,7 @@ still asks its layers one after the other: the first to be asked multiplies for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,25 +35,32 @@ class _Shared(nn.Module):
         self.rows = [matrix.shape[0] for matrix in matrices]
         stacked = SparseMatrix(torch.cat([m.mask for m in matrices]), torch.cat([m.values for m in matrices]))
         self.weights = NativeWeights(stacked, None)
-        self._inputs: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self._pending: tuple[Tensor | None, dict[int, Tensor]] = (None, {})
 
     def product(self, sibling: int, inputs: Tensor) -> Tensor:
-        """The sibling's rows times ``inputs``."""
+        """The sibling's rows times ``inputs``; from several threads at once too."""
         if is_traced(inputs):  # a compiler sees that all siblings ask for the same product
             traced: Tensor = self.weights(inputs).split(self.rows, dim=-1)[sibling]
             return traced
-        known = self._inputs
-        if sibling not in self._waiting or known is None or known.dtype != inputs.dtype or not known.equal(inputs):
-            self._inputs = inputs.detach().clone()
-            self._waiting = dict(enumerate(self.weights(inputs).split(self.rows, dim=-1)))
-        found = self._waiting.pop(sibling)
-        if not self._waiting:
-            self._inputs = None
-        return found
+        known, waiting = self._pending
+        if known is not None and known.dtype == inputs.dtype and known.equal(inputs):
+            found = waiting.pop(sibling, None)
+            if not waiting:
+                self._pending = (None, {})
+            if found is not None:
+                return found
+        products: tuple[Tensor, ...] = self.weights(inputs).split(self.rows, dim=-1)
+        others = {other: product for other, product in enumerate(products) if other != sibling}
+        self._pending = (inputs.detach().clone(), others)
+        return products[sibling]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Shared:
+        self._pending = (None, {})
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inputs": None, "_waiting": {}}
+        return {**self.__dict__, "_pending": (None, {})}
 
 
 class FusedLinear(SparseLinear):

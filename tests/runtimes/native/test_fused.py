@@ -59,6 +59,16 @@ def test_nobody_gets_the_product_of_other_inputs() -> None:
     torch.testing.assert_close(twin.q_proj(inputs), alone.q_proj(inputs))
 
 
+def test_a_cast_leaves_no_product_of_the_old_weights() -> None:
+    together = Siblings()
+    fuse(together)
+    inputs = torch.randn(2, 70)
+    together.q_proj(inputs)
+    together.to(torch.bfloat16)
+    expected = inputs @ together.k_proj.matrix().to_dense().float().T
+    torch.testing.assert_close(together.k_proj(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_product_that_was_fetched_can_be_changed() -> None:
     alone = Siblings()
     together = copy.deepcopy(alone)
