@@ -43,9 +43,10 @@ demo: setup ## prune a real 135M model to 80 %, then verify, time, convert and r
 	$(quiet_env) $(bin)/trim-export convert demo/artifact --to csr -o demo/csr
 	$(quiet_env) $(bin)/trim-export generate demo/artifact --prompt "The capital of France is" --max-new-tokens 24
 
-bench: setup ## time TRIM's search against the published loop, and pruning with each recipe
+bench: setup ## time TRIM's search against the published loop, pruning with each recipe, and single layers
 	$(quiet_env) $(bin)/python -m benchmarks.trim_search
 	$(quiet_env) $(bin)/python -m benchmarks.prune_time --blocks 4
+	$(quiet_env) $(bin)/python -m benchmarks.cpu_layers --json benchmarks/results/cpu_layers.json
 
 fuzz: setup ## 10000 random damages to an artifact, each ending in an error of ours or the same logits (SEED=..., MUTATIONS=...)
 	TRIM_FUZZ_MUTATIONS=$(or $(MUTATIONS),10000) TRIM_FUZZ_SEED=$(or $(SEED),$$(date +%s)) $(quiet_env) \

@@ -1,9 +1,10 @@
 """Execution: from stored bytes to ``y = W x``. Importing this package registers our loader with transformers."""
 
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear, tensor_bytes
-from trim_export.runtimes.transformers import RUNTIMES, available_runtimes, load, pick_runtime
+from trim_export.runtimes.transformers import LM_HEADS, RUNTIMES, available_runtimes, load, pick_runtime
 
 __all__ = [
+    "LM_HEADS",
     "RUNTIMES",
     "Layout",
     "Runtime",

@@ -25,6 +25,9 @@ class DenseRuntime:
         """An `nn.Linear` with exact zeros where the weight was pruned."""
         return dense_linear(matrix, bias).to(layout.device)
 
+    def finish(self, model: nn.Module) -> None:
+        """Nothing."""
+
 
 def dense_linear(matrix: SparseMatrix, bias: Tensor | None, dtype: torch.dtype | None = None) -> nn.Linear:
     """The `nn.Linear` that a sparse layer came from, in the stored dtype or ``dtype``."""

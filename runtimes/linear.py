@@ -72,6 +72,10 @@ class Runtime(Protocol):
         """A layer that executes ``matrix``, which came out of a decoder and is therefore valid."""
         ...
 
+    def finish(self, model: nn.Module) -> None:
+        """What takes the whole model once every layer is there, such as joining layers that share their input."""
+        ...
+
 
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of all distinct parameters and buffers of a module: what its weights occupy in memory."""

@@ -43,6 +43,9 @@ class TorchSparseRuntime:
             )
         return TorchSparseLinear(matrix, bias, layout)
 
+    def finish(self, model: nn.Module) -> None:
+        """Nothing."""
+
 
 class TorchSparseLinear(SparseLinear):
     """A layer whose weight is a torch CSR tensor, or a BSR tensor when the layout has blocks.

@@ -36,7 +36,7 @@ from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
 from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError, UsageError, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
-from trim_export.runtimes.native import NativeRuntime
+from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 from trim_export.runtimes.triton import TritonRuntime
 from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
@@ -51,13 +51,15 @@ __all__ = [
     "pick_runtime",
 ]
 
-# On a GPU triton is preferred by prediction, not by measurement. On the CPU, where it does not execute:
-# decoding is most of the work where a model talks, and there torch-sparse is still the faster one
-# (benchmarks/results/smollm2_0.8_bench.json).
-_KNOWN: tuple[Runtime, ...] = (TritonRuntime(), TorchSparseRuntime(), NativeRuntime(), DenseRuntime())
+# On a GPU triton is preferred by prediction, not by measurement; it does not execute on the CPU. There native is the
+# faster one in decode and prefill (benchmarks/results/smollm2_0.8_bench.json).
+_KNOWN: tuple[Runtime, ...] = (TritonRuntime(), NativeRuntime(), TorchSparseRuntime(), DenseRuntime())
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
 """Runtimes by name, the preferred one first."""
+
+LM_HEADS = {"stored": "stored", "int8": "int8"}
+"""Forms in which an LM head can be held."""
 
 STORED_DTYPES = {
     "F32": torch.float32,
@@ -76,6 +78,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     check_hashes: bool = False,
+    lm_head: str = "stored",
 ) -> PreTrainedModel:
     """Load an artifact for execution; never touches the network, runs no code of the artifact's and no pickle.
 
@@ -86,6 +89,7 @@ def load(
         device: to load to.
         check_hashes: compare every file with the manifest before it is read. The structure of every matrix is
             checked anyway; only this finds a value that became another. NaN is found by ``trim-export check``.
+        lm_head: a name in `LM_HEADS`: as it is stored, or with the embedding tied to it in ``int8`` (not exact).
 
     Raises:
         ArtifactError: unfinished, damaged or inconsistent; names file, module and reason.
@@ -93,6 +97,7 @@ def load(
         EnvironmentLacks: a runtime that is not available here.
     """
     pick_runtime(runtime, torch.device(device).type)
+    choose("LM head", lm_head, LM_HEADS)
     root = Path(directory)
     _refuse_foreign_directory(root)
     if check_hashes:
@@ -116,6 +121,8 @@ def load(
             use_safetensors=True,
         )
     model.eval()
+    if lm_head == "int8":
+        quantize_head(model)
     return model
 
 
@@ -314,7 +321,7 @@ class TrimSparseQuantizer(HfQuantizer):
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
-        if isinstance(runtime, TritonRuntime):
+        if runtime is not None:
             runtime.finish(model)
         if isinstance(runtime, DenseRuntime):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
@@ -322,6 +329,8 @@ class TrimSparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors with every sparse layer in the artifact's encoding again."""
+        if isinstance(model.get_output_embeddings(), QuantizedLinear):
+            raise UsageError("a model with an 8-bit LM head is not what was stored; load it without to save it")
         state = dict(model.state_dict())
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):

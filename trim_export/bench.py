@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,10 +30,16 @@ __all__ = ["Contestant", "Workload", "bench", "contestants", "machine"]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One runtime in one dtype."""
+    """One runtime in one dtype, its LM head as it is stored or in ``int8``."""
 
     runtime: str
     dtype: str
+    lm_head: str = "stored"
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.runtime if self.lm_head == "stored" else f"{self.runtime}, {self.lm_head} head"
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,19 @@ class Workload:
     device: str = "cpu"
 
 
-def contestants(artifact: Artifact, runtimes: Iterable[str]) -> list[Contestant]:
-    """Each runtime in the artifact's dtype; the dense one also in bfloat16, whichever a user might deploy instead."""
+def contestants(artifact: Artifact, runtimes: Iterable[str], lm_head: str = "stored") -> list[Contestant]:
+    """Each runtime in the artifact's dtype; the dense one also in bfloat16, whichever a user might deploy instead.
+
+    With another ``lm_head`` the best sparse runtime takes part a second time.
+    """
     stored = artifact.manifest["source"]["dtype"]
     found = [Contestant("dense", stored)]
     if stored != "bfloat16":
         found.append(Contestant("dense", "bfloat16"))
-    found += [Contestant(pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
+    sparse = [Contestant(pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
+    found += sparse
+    if lm_head != "stored":
+        found += [replace(entry, lm_head=lm_head) for entry in sparse[:1]]
     return list(dict.fromkeys(found))
 
 
@@ -120,11 +132,12 @@ class _Worker:
     """A process that holds one loaded model and answers one JSON line with another."""
 
     def __init__(self, path: Path, entry: Contestant, workload: Workload) -> None:
-        self.name = f"{entry.runtime} {entry.dtype}"
+        self.name = f"{entry.name} {entry.dtype}"
         settings = {
             "directory": str(path),
             "runtime": entry.runtime,
             "dtype": entry.dtype,
+            "lm_head": entry.lm_head,
             "device": workload.device,
             "threads": workload.threads,
         }
@@ -175,7 +188,7 @@ def _row(
     tokens = workload.prompt if phase == "prefill" else workload.generate
     per_measurement = batch * (tokens if phase == "prefill" else 1)
     return {
-        "runtime": entry.runtime,
+        "runtime": entry.name,
         "dtype": entry.dtype,
         "phase": phase,
         "batch": batch,

@@ -27,7 +27,8 @@ def main(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()
-    model = load(settings["directory"], settings["runtime"], DTYPES[settings["dtype"]], settings["device"])
+    dtype, device = DTYPES[settings["dtype"]], settings["device"]
+    model = load(settings["directory"], settings["runtime"], dtype, device, settings["lm_head"])
     load_s = time.perf_counter() - begin
     _answer({})
     for line in sys.stdin:

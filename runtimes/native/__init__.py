@@ -1,5 +1,23 @@
 """Our own CPU kernels: a small C++ library (``trim_native.h``), and what makes it a runtime."""
 
-from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, NativeRuntime, sparse_linear
+from trim_export.runtimes.native.dense import DenseLinear, QuantizedEmbedding, QuantizedLinear
+from trim_export.runtimes.native.fused import FusedLinear, fuse
+from trim_export.runtimes.native.head import quantize_head
+from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, sparse_linear
+from trim_export.runtimes.native.matrix import NativeMatrix, lay_out
+from trim_export.runtimes.native.runtime import NativeRuntime
 
-__all__ = ["MaskedLinear", "NativeLinear", "NativeRuntime", "sparse_linear"]
+__all__ = [
+    "DenseLinear",
+    "FusedLinear",
+    "MaskedLinear",
+    "NativeLinear",
+    "NativeMatrix",
+    "NativeRuntime",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "fuse",
+    "lay_out",
+    "quantize_head",
+    "sparse_linear",
+]

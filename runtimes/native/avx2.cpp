@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C (which every processor with AVX2 has): Intel since Haswell, AMD since Excavator.
 //
-// AVX2 cannot expand packed values under a mask. It can permute eight lanes by a table that has an entry for each byte
-// of a mask: lane j of the entry names the packed value that belongs to column j.
+// AVX2 cannot expand packed values under a mask. It can permute eight of them by a table that has an entry for each byte
+// of a mask: place j of the entry names the packed value that belongs to column j.
 
 #include <immintrin.h>
 
@@ -10,8 +10,8 @@
 namespace trim {
 namespace {
 
-// For each mask byte and lane: where bit j is set, the number of set bits below it, and all bits from the fourth on, so
-// that the entry is a mask too; elsewhere 0. Permutation looks at the lowest three bits only.
+// For each mask byte and lane: where bit j is set, the number of set bits below it, and the highest bit, so that the
+// entry is a mask too; elsewhere 0. Permutation looks at the lowest three bits only.
 struct alignas(32) ExpandTable { std::uint32_t lanes[256][8]; };
 
 constexpr ExpandTable make_expand_table() {
@@ -19,7 +19,27 @@ constexpr ExpandTable make_expand_table() {
     for (std::uint32_t byte = 0; byte < 256; ++byte) {
         std::uint32_t rank = 0;
         for (std::uint32_t lane = 0; lane < 8; ++lane) {
-            if (byte >> lane & 1) table.lanes[byte][lane] = 0xfffffff8u | rank++;
+            if (byte >> lane & 1) table.lanes[byte][lane] = 0x80000000u | rank++;
+        }
+    }
+    return table;
+}
+
+// The same for values of kBytes bytes, as byte shuffles; a byte of 0x80 gives zero.
+template <int kBytes>
+struct alignas(16) ShuffleTable { std::uint8_t bytes[256][8 * kBytes]; };
+
+template <int kBytes>
+constexpr ShuffleTable<kBytes> make_shuffle_table() {
+    ShuffleTable<kBytes> table{};
+    for (std::uint32_t mask = 0; mask < 256; ++mask) {
+        std::uint32_t rank = 0;
+        for (std::uint32_t place = 0; place < 8; ++place) {
+            const bool kept = mask >> place & 1;
+            for (std::uint32_t b = 0; b < kBytes; ++b) {
+                table.bytes[mask][kBytes * place + b] = static_cast<std::uint8_t>(kept ? kBytes * rank + b : 0x80);
+            }
+            rank += kept;
         }
     }
     return table;
@@ -40,6 +60,8 @@ constexpr CompressTable make_compress_table() {
 }
 
 constexpr ExpandTable kExpand = make_expand_table();
+constexpr ShuffleTable<1> kShuffle8 = make_shuffle_table<1>();
+constexpr ShuffleTable<2> kShuffle16 = make_shuffle_table<2>();
 constexpr CompressTable kCompress = make_compress_table();
 
 struct Avx2 {
@@ -79,40 +101,104 @@ struct Avx2 {
     // Two chains, so that an addition need not wait for the one before.
     struct Sum { Vector even, odd; };
 
-    template <typename Value>
-    static TRIM_INLINE void add_products(std::uint64_t bits, const Value*& values, const float* x, Sum& sum) {
+    static TRIM_INLINE void add_products(std::uint64_t bits, const float*& values, const float* x, Sum& sum) {
 #pragma GCC unroll 4
-        for (std::int64_t byte = 0; byte < 8; byte += 2) {
-            sum.even = multiply_add(expand(bits >> (8 * byte) & 0xff, values), load(x + 8 * byte), sum.even);
-            sum.odd = multiply_add(expand(bits >> (8 * byte + 8) & 0xff, values), load(x + 8 * byte + 8), sum.odd);
+        for (std::int64_t byte = 0; byte < 8; byte += 2, bits >>= 16) {
+            sum.even = multiply_add(expand(bits & 0xff, values), load(x + 8 * byte), sum.even);
+            sum.odd = multiply_add(expand(bits >> 8 & 0xff, values), load(x + 8 * byte + 8), sum.odd);
         }
     }
-    static TRIM_INLINE float total(const Sum& sum) {
-        const Vector all = _mm256_add_ps(sum.even, sum.odd);
+
+    // 16 columns at a time. A bfloat16 is the upper half of a float: of each 32-bit lane the lower value is shifted up
+    // and the upper one left where it is, which gives the even and the odd columns; `arrange_even_odd` matches.
+    static TRIM_INLINE void add_products(std::uint64_t bits, const BFloat16*& values, const float* x, Sum& sum) {
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+#pragma GCC unroll 4
+        for (std::int64_t part = 0; part < 4; ++part, bits >>= 16, x += 16) {
+            const __m128i low = expand16(bits & 0xff, values), high = expand16(bits >> 8 & 0xff, values);
+            const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            sum.even = multiply_add(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), load(x), sum.even);
+            sum.odd = multiply_add(_mm256_castsi256_ps(_mm256_and_si256(pairs, upper)), load(x + 8), sum.odd);
+        }
+    }
+
+    static TRIM_INLINE void add_products(std::uint64_t bits, const Float16*& values, const float* x, Sum& sum) {
+#pragma GCC unroll 4
+        for (std::int64_t byte = 0; byte < 8; byte += 2, bits >>= 16) {
+            sum.even = multiply_add(_mm256_cvtph_ps(expand16(bits & 0xff, values)), load(x + 8 * byte), sum.even);
+            sum.odd = multiply_add(_mm256_cvtph_ps(expand16(bits >> 8 & 0xff, values)), load(x + 8 * byte + 8), sum.odd);
+        }
+    }
+
+    static TRIM_INLINE void add_products(std::uint64_t bits, const std::int8_t*& values, const float* x, Sum& sum) {
+#pragma GCC unroll 4
+        for (std::int64_t byte = 0; byte < 8; byte += 2, bits >>= 16) {
+            sum.even = multiply_add(widen(expand8(bits & 0xff, values)), load(x + 8 * byte), sum.even);
+            sum.odd = multiply_add(widen(expand8(bits >> 8 & 0xff, values)), load(x + 8 * byte + 8), sum.odd);
+        }
+    }
+
+    static TRIM_INLINE float total(const Sum& sum) { return total(_mm256_add_ps(sum.even, sum.odd)); }
+    static TRIM_INLINE float total(Vector all) {
         __m128 part = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
         part = _mm_add_ps(part, _mm_movehl_ps(part, part));
         return _mm_cvtss_f32(_mm_add_ss(part, _mm_movehdup_ps(part)));
     }
 
+    struct ListSums { Vector even, odd; };
+
+    template <typename Value>
+    static TRIM_INLINE void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x,
+                                          ListSums& sums) {
+        sums.even = multiply_add(widen(values), look_up(columns, x), sums.even);
+        sums.odd = multiply_add(widen(values + kListRows), look_up(columns + kListRows, x), sums.odd);
+    }
+    static TRIM_INLINE void store_rows(const ListSums& sums, float* rows) { store(rows, add(sums.even, sums.odd)); }
+
     template <typename Value>
     static constexpr auto arrangement(const Value*) { return arrange_plainly; }
+    static constexpr auto arrangement(const BFloat16*) { return arrange_even_odd; }
 
   private:
     // Eight columns: packed values to where their bits are, zeros elsewhere.
-    template <typename Value>
-    static TRIM_INLINE Vector expand(std::uint64_t byte, const Value*& values) {
+    static TRIM_INLINE Vector expand(std::uint64_t byte, const float*& values) {
         const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpand.lanes[byte]));
-        const Vector expanded = _mm256_permutevar8x32_ps(widen(values), lanes);
+        const Vector expanded = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
         values += popcount(byte);
-        return select(expanded, lanes, static_cast<const Value*>(nullptr));
+        return _mm256_blendv_ps(_mm256_setzero_ps(), expanded, _mm256_castsi256_ps(lanes));
     }
-    static TRIM_INLINE Vector select(Vector expanded, __m256i lanes, const float*) {
-        return _mm256_and_ps(expanded, _mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)));
-    }
-    // Widened from a narrower type, a float has its lowest three bits zero: the table entry itself is the mask.
     template <typename Value>
-    static TRIM_INLINE Vector select(Vector expanded, __m256i lanes, const Value*) {
-        return _mm256_and_ps(expanded, _mm256_castsi256_ps(lanes));
+    static TRIM_INLINE __m128i expand16(std::uint64_t byte, const Value*& values) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        values += popcount(byte);
+        return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffle16.bytes[byte])));
+    }
+    static TRIM_INLINE __m128i expand8(std::uint64_t byte, const std::int8_t*& values) {
+        const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+        values += popcount(byte);
+        return _mm_shuffle_epi8(packed, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffle8.bytes[byte])));
+    }
+    static TRIM_INLINE Vector widen(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+
+    // The inputs of eight columns. Single loads are faster than the gather instruction (Zen 4: 0.35 and 0.5 ns each).
+    static TRIM_INLINE Vector look_up(const std::uint16_t* columns, const float* x) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(look_up4(columns, x)), look_up4(columns + 4, x), 1);
+    }
+    static TRIM_INLINE __m128 look_up4(const std::uint16_t* columns, const float* x) {
+        std::uint64_t four;
+        std::memcpy(&four, columns, sizeof four);
+        __m128 found = _mm_load_ss(x + (four & 0xffff));
+        found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 16 & 0xffff)), 0x10);
+        found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 32 & 0xffff)), 0x20);
+        return _mm_insert_ps(found, _mm_load_ss(x + (four >> 48)), 0x30);
+    }
+
+    // Of every 16 columns the eight even ones and then the eight odd ones.
+    static void arrange_even_odd(const float* inputs, const Matrix& matrix, float* arranged) {
+        const std::int64_t padded = matrix.words * kWordColumns;
+        for (std::int64_t j = 0; j < padded; ++j) {
+            arranged[j / 16 * 16 + j % 2 * 8 + j % 16 / 2] = j < matrix.columns ? inputs[j] : 0.0f;
+        }
     }
 };
 

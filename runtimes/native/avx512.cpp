@@ -91,7 +91,24 @@ struct Avx512 {
         sum.odd = multiply_add(widen(_mm512_extracti32x4_epi32(expanded, 3)), load(x + 48), sum.odd);
     }
 
-    static TRIM_INLINE float total(const Sum& sum) { return _mm512_reduce_add_ps(_mm512_add_ps(sum.even, sum.odd)); }
+    static TRIM_INLINE float total(const Sum& sum) { return total(_mm512_add_ps(sum.even, sum.odd)); }
+    static TRIM_INLINE float total(Vector vector) { return _mm512_reduce_add_ps(vector); }
+
+    // Eight rows at one step in the lower half, at the next in the upper one.
+    struct ListSums { Vector steps; };
+
+    template <typename Value>
+    static TRIM_INLINE void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x,
+                                          ListSums& sums) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+        const Vector found = _mm512_i32gather_ps(_mm512_cvtepu16_epi32(both), x, sizeof(float));
+        sums.steps = multiply_add(widen(values), found, sums.steps);
+    }
+    static TRIM_INLINE void store_rows(const ListSums& sums, float* rows) {
+        float steps[kLanes];
+        store(steps, sums.steps);
+        for (std::int64_t i = 0; i < kListRows; ++i) rows[i] = steps[i] + steps[kListRows + i];
+    }
 
     template <typename Value>
     static constexpr auto arrangement(const Value*) { return arrange_plainly; }

@@ -58,77 +58,120 @@ bool aligned(const void* array, std::size_t bytes) {
 
 std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
 
+// An array of so many elements; null will do for none.
+bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::size_t bytes) {
+    return size == wanted && (wanted == 0 || aligned(array, bytes));
+}
+
+bool rises(const std::int64_t* starts, std::int64_t count, std::int64_t end) {
+    if (starts[0] != 0 || starts[count] != end) return false;
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (starts[i] > starts[i + 1]) return false;
+    }
+    return true;
+}
+
+bool is_matrix(std::int64_t rows, std::int64_t columns, std::int32_t value_type) {
+    return rows >= 1 && columns >= 1 && rows <= kMostRows && columns <= kMostRows && value_type >= TRIM_NATIVE_F32 &&
+           value_type <= TRIM_NATIVE_I8;
+}
+
+bool scales_fit(const float* scales, std::int64_t size, std::int64_t rows, std::int32_t value_type) {
+    return value_type == TRIM_NATIVE_I8 ? fits(scales, size, rows, 4) : scales == nullptr;
+}
+
 // Fills in `matrix`, whose arrays then have the sizes that the kernels rely on.
 std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
-    if (given.rows < 1 || given.columns < 1 || given.rows > kMostRows || given.columns > kMostRows ||
-        given.value_type < TRIM_NATIVE_F32 || given.value_type > TRIM_NATIVE_I8) {
+    if (!is_matrix(given.rows, given.columns, given.value_type) || given.bitmap_rows < 0 ||
+        given.bitmap_rows > given.rows || (given.bitmap_rows < given.rows && given.bitmap_rows % kGroupRows)) {
         return TRIM_NATIVE_NO_MATRIX;
     }
-    matrix = {given.rows,        given.columns,    divide_up(given.rows, kGroupRows),
-              divide_up(given.columns, kWordColumns), given.order, given.mask,
-              given.group_start, given.values,     given.scales};
+    matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns), given.order,
+              divide_up(given.bitmap_rows, kGroupRows), given.mask, given.group_start, given.values,
+              divide_up(given.rows - given.bitmap_rows, kListRows), given.list_start, given.list_columns,
+              given.list_values, given.scales};
     const std::size_t value_bytes = kValueBytes[given.value_type];
-    const bool scaled = given.value_type == TRIM_NATIVE_I8;
-    if (!aligned(given.order, 4) || given.order_size != matrix.rows || !aligned(given.mask, 8) ||
-        given.mask_size != matrix.groups * matrix.words * kGroupRows || !aligned(given.group_start, 8) ||
-        given.group_start_size != matrix.groups + 1 || !aligned(given.values, value_bytes) ||
-        given.values_size < TRIM_NATIVE_TAIL || (given.scales != nullptr) != scaled ||
-        (scaled && (!aligned(given.scales, 4) || given.scales_size != matrix.rows))) {
+    if (!fits(given.order, given.order_size, matrix.rows, 4) ||
+        !fits(given.mask, given.mask_size, matrix.groups * matrix.words * kGroupRows, 8) ||
+        !fits(given.group_start, given.group_start_size, matrix.groups + 1, 8) ||
+        !fits(given.list_start, given.list_start_size, matrix.blocks + 1, 8) ||
+        given.values_size < TRIM_NATIVE_TAIL || !aligned(given.values, value_bytes) ||
+        !fits(given.list_columns, given.list_columns_size, given.list_columns_size, 2) ||
+        !fits(given.list_values, given.list_values_size, given.list_columns_size, value_bytes) ||
+        !scales_fit(given.scales, given.scales_size, given.rows, given.value_type)) {
         return TRIM_NATIVE_BAD_SIZE;
     }
     for (std::int64_t i = 0; i < matrix.rows; ++i) {
         if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
     }
-    if (matrix.group_start[0] != 0 || matrix.group_start[matrix.groups] != given.values_size - TRIM_NATIVE_TAIL) {
-        return TRIM_NATIVE_BAD_MASK;
+    if (!rises(matrix.group_start, matrix.groups, given.values_size - TRIM_NATIVE_TAIL)) return TRIM_NATIVE_BAD_MASK;
+    if (!rises(matrix.list_start, matrix.blocks, given.list_columns_size)) return TRIM_NATIVE_BAD_MASK;
+    for (std::int64_t block = 0; block < matrix.blocks; ++block) {
+        if (matrix.list_start[block] % (2 * kListRows)) return TRIM_NATIVE_BAD_MASK;
     }
-    for (std::int64_t group = 0; group < matrix.groups; ++group) {
-        if (matrix.group_start[group] > matrix.group_start[group + 1]) return TRIM_NATIVE_BAD_MASK;
-    }
-    return TRIM_NATIVE_OK;
+    return given.list_columns_size % (2 * kListRows) ? TRIM_NATIVE_BAD_MASK : TRIM_NATIVE_OK;
 }
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
-// What a thread must at least have to do, in values, for waking it to pay.
-constexpr double kLeastCost = 32768;
+// What a thread must at least have to do, in listed weights, for waking it to pay: about 50 us, as long as waking a
+// sleeping thread was seen to take.
+constexpr double kLeastCost = 150000;
 
-// Time that a weight takes whether kept or not (its mask bit), as a share of the time of a kept one.
-constexpr double kDecodeColumnCost = 0.25;
-constexpr double kBatchColumnCost = 0.05;
+// What a weight of a bitmap costs, in listed weights: each column, kept or not, and each kept one besides.
+struct Cost { double column, kept; };
+constexpr Cost kDecodeCost = {0.3, 0.1};
+constexpr Cost kBatchCost = {0.05, 1.0};
 
+// The groups and blocks of a matrix, in this order, divided among threads.
 class Shares {
   public:
-    Shares(const Matrix& matrix, double column_cost, double tokens, std::int32_t threads)
-        : matrix_(matrix), group_cost_(column_cost * static_cast<double>(kGroupRows * matrix.columns)) {
-        const double most = total() * tokens / kLeastCost;
-        count_ = most < 1 ? 1 : most < threads ? static_cast<std::int32_t>(most) : threads;
+    Shares(const Matrix& matrix, Cost cost, double tokens, std::int32_t threads)
+        : matrix_(matrix), kept_(cost.kept), group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
+          units_(matrix.groups + matrix.blocks), count_(thread_count(total() * tokens, threads)) {}
+
+    static std::int32_t thread_count(double cost, std::int32_t threads) {
+        const double most = cost / kLeastCost;
+        return most < 1 ? 1 : most < threads ? static_cast<std::int32_t>(most) : threads;
     }
 
     std::int32_t count() const { return count_; }
 
-    // Contiguous groups of about equal cost; which share a group falls into does not change its result.
-    Span operator[](std::int32_t share) const { return {first_group(share), first_group(share + 1)}; }
+    // Shares are contiguous and cost about the same; which one a row falls into does not change its result.
+    Span groups(std::int32_t share) const {
+        return {first_before(share, matrix_.groups), first_before(share + 1, matrix_.groups)};
+    }
+    Span blocks(std::int32_t share) const {
+        const std::int64_t first = first_unit(share), last = first_unit(share + 1);
+        return {first < matrix_.groups ? 0 : first - matrix_.groups, last < matrix_.groups ? 0 : last - matrix_.groups};
+    }
 
   private:
-    double cost_before(std::int64_t group) const {
-        return static_cast<double>(matrix_.group_start[group]) + group_cost_ * static_cast<double>(group);
+    double cost_before(std::int64_t unit) const {
+        const std::int64_t group = unit < matrix_.groups ? unit : matrix_.groups;
+        return kept_ * static_cast<double>(matrix_.group_start[group]) + group_ * static_cast<double>(group) +
+               static_cast<double>(matrix_.list_start[unit - group]);
     }
-    double total() const { return cost_before(matrix_.groups); }
+    double total() const { return cost_before(units_); }
 
-    std::int64_t first_group(std::int32_t share) const {
-        if (share == count_) return matrix_.groups;
+    std::int64_t first_unit(std::int32_t share) const {
+        if (share == count_) return units_;
         const double goal = total() * share / count_;
-        std::int64_t low = 0, high = matrix_.groups;
+        std::int64_t low = 0, high = units_;
         while (low < high) {
             const std::int64_t middle = low + (high - low) / 2;
             if (cost_before(middle) < goal) low = middle + 1; else high = middle;
         }
         return low;
     }
+    std::int64_t first_before(std::int32_t share, std::int64_t most) const {
+        const std::int64_t unit = first_unit(share);
+        return unit < most ? unit : most;
+    }
 
     const Matrix& matrix_;
-    double group_cost_;
+    double kept_, group_;
+    std::int64_t units_;
     std::int32_t count_;
 };
 
@@ -157,20 +200,39 @@ Scratch allocate(std::size_t bytes) {
     return Scratch(::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow));
 }
 
+// Floats of this thread, kept for its next call: looking up a page takes longer than a small matrix.
+float* reserve(std::int64_t count) {
+    thread_local Scratch memory;
+    thread_local std::int64_t size = 0;
+    if (size < count) {
+        memory = allocate(static_cast<std::size_t>(count) * sizeof(float));
+        size = memory ? count : 0;
+    }
+    return static_cast<float*>(memory.get());
+}
+
 std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // ---- one token --------------------------------------------------------------------------------------------------
 
 std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const float* inputs, float* outputs,
                           std::int32_t threads) {
-    const Scratch arranged = allocate(static_cast<std::size_t>(matrix.words * kWordColumns) * sizeof(float));
-    if (!arranged) return TRIM_NATIVE_NO_MEMORY;
-    float* const x = static_cast<float*>(arranged.get());
-    kernel.arrange(inputs, matrix, x);
+    const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
+    const std::int64_t list_floats = matrix.blocks ? kListInputs : 0;
+    float* const arranged = reserve(bitmap_floats + list_floats);
+    if (arranged == nullptr) return TRIM_NATIVE_NO_MEMORY;
+    float* const plain = arranged + bitmap_floats;
+    if (matrix.groups) kernel.arrange(inputs, matrix, arranged);
+    if (matrix.blocks) {
+        const std::int64_t known = matrix.columns < kListInputs ? matrix.columns : kListInputs;
+        std::memcpy(plain, inputs, static_cast<std::size_t>(known) * sizeof(float));
+    }
     std::memset(outputs, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
-    const Shares shares(matrix, kDecodeColumnCost, 1, threads);
-    const bool good =
-        run(shares.count(), [&](std::int32_t share) { return kernel.multiply(matrix, shares[share], x, outputs); });
+    const Shares shares(matrix, kDecodeCost, 1, threads);
+    const bool good = run(shares.count(), [&](std::int32_t share) {
+        kernel.lists(matrix, shares.blocks(share), plain, outputs);
+        return kernel.bitmap(matrix, shares.groups(share), arranged, outputs);
+    });
     return good ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK;
 }
 
@@ -232,37 +294,45 @@ Span part(std::int64_t total, std::int32_t share, std::int32_t count) {
     return {total * share / count, total * (share + 1) / count};
 }
 
+// Threads for moving so many floats in or out of panels; each takes about as long as two listed weights.
+std::int32_t packing_threads(std::int64_t floats, std::int32_t threads) {
+    return Shares::thread_count(2.0 * static_cast<double>(floats), threads);
+}
+
 std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const float* inputs, std::int64_t tokens,
                             std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                             std::int32_t threads) {
-    const Shares shares(matrix, kBatchColumnCost, static_cast<double>(tokens), threads);
+    const Shares shares(matrix, kBatchCost, static_cast<double>(tokens), threads);
     const std::int32_t count = shares.count();
     const std::int64_t vectors = divide_up(tokens, kernel.lanes);
     const std::size_t token_bytes = static_cast<std::size_t>(vectors * kernel.lanes) * sizeof(float);
     const std::size_t input_bytes = round_up(static_cast<std::size_t>(matrix.words * kWordColumns) * token_bytes);
     const std::size_t output_bytes = round_up(static_cast<std::size_t>(matrix.rows) * token_bytes);
     const std::size_t tile_bytes = round_up(kernel.scratch_bytes);
-    const Scratch scratch = allocate(input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count));
-    if (!scratch) return TRIM_NATIVE_NO_MEMORY;
-    char* const memory = static_cast<char*>(scratch.get());
+    char* const memory = reinterpret_cast<char*>(
+        reserve(static_cast<std::int64_t>((input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count)) /
+                                          sizeof(float))));
+    if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     float* const packed_inputs = reinterpret_cast<float*>(memory);
     float* const packed_outputs = reinterpret_cast<float*>(memory + input_bytes);
     char* const tiles = memory + input_bytes + output_bytes;
 
-    run(count, [&](std::int32_t share) {
-        pack_inputs(matrix, part(matrix.words, share, count), inputs, tokens, input_stride, kernel,
-                    packed_inputs);
-        const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, count);
-        std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(bytes.last - bytes.first));
+    const std::int32_t packers = packing_threads(tokens * matrix.columns, threads);
+    run(packers, [&](std::int32_t share) {
+        pack_inputs(matrix, part(matrix.words, share, packers), inputs, tokens, input_stride, kernel, packed_inputs);
+        const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, packers);
+        std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(length(bytes)));
         return true;
     });
     const bool good = run(count, [&](std::int32_t share) {
         void* const tile = tiles + tile_bytes * static_cast<std::size_t>(share);
-        return kernel.multiply(matrix, shares[share], packed_inputs, packed_outputs, vectors, tile);
+        return kernel.bitmap(matrix, shares.groups(share), packed_inputs, packed_outputs, vectors, tile) &&
+               kernel.lists(matrix, shares.blocks(share), packed_inputs, packed_outputs, vectors, tile);
     });
     if (!good) return TRIM_NATIVE_BAD_MASK;
-    run(count, [&](std::int32_t share) {
-        unpack_outputs(matrix, part(matrix.rows, share, count), packed_outputs, tokens, output_stride, kernel,
+    const std::int32_t unpackers = packing_threads(tokens * matrix.rows, threads);
+    run(unpackers, [&](std::int32_t share) {
+        unpack_outputs(matrix, part(matrix.rows, share, unpackers), packed_outputs, tokens, output_stride, kernel,
                        outputs);
         return true;
     });
@@ -299,6 +369,30 @@ std::int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inp
     return TRIM_NATIVE_OK;
 }
 
+std::int32_t trim_native_dense(const TrimNativeDense* matrix, const float* inputs, std::int64_t inputs_size,
+                               float* outputs, std::int64_t outputs_size, std::int32_t threads) {
+    using namespace trim;
+    if (matrix == nullptr || !is_matrix(matrix->rows, matrix->columns, matrix->value_type)) return TRIM_NATIVE_NO_MATRIX;
+    if (!fits(matrix->values, matrix->values_size, matrix->rows * matrix->columns, kValueBytes[matrix->value_type]) ||
+        !scales_fit(matrix->scales, matrix->scales_size, matrix->rows, matrix->value_type)) {
+        return TRIM_NATIVE_BAD_SIZE;
+    }
+    if (!fits(inputs, inputs_size, matrix->columns, sizeof(float)) ||
+        !fits(outputs, outputs_size, matrix->rows, sizeof(float))) {
+        return TRIM_NATIVE_BAD_INPUTS;
+    }
+    if (threads < 1 || threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    const DenseMatrix checked{matrix->rows, matrix->columns, matrix->values, matrix->scales};
+    const Decode& kernel = kernels_in_use.load(std::memory_order_relaxed)->decode[matrix->value_type];
+    const double cost = kDecodeCost.column * static_cast<double>(matrix->rows * matrix->columns);
+    const std::int32_t count = Shares::thread_count(cost, threads);
+    run(count, [&](std::int32_t share) {
+        kernel.dense(checked, part(matrix->rows, share, count), inputs, outputs);
+        return true;
+    });
+    return TRIM_NATIVE_OK;
+}
+
 const char* trim_native_isa() { return trim::kernels_in_use.load(std::memory_order_relaxed)->name; }
 
 std::int32_t trim_native_select_isa(const char* name) {
@@ -324,7 +418,7 @@ const char* trim_native_message(std::int32_t status) {
         case TRIM_NATIVE_NO_MATRIX: return "the matrix has no rows, no columns, too many of them, or an unknown type";
         case TRIM_NATIVE_BAD_SIZE: return "an array of the matrix is missing, misaligned or of the wrong length";
         case TRIM_NATIVE_BAD_ORDER: return "the order names a row that does not exist";
-        case TRIM_NATIVE_BAD_MASK: return "mask, group starts and values of the matrix disagree";
+        case TRIM_NATIVE_BAD_MASK: return "mask or lists of the matrix, their starts and values disagree";
         case TRIM_NATIVE_BAD_INPUTS: return "inputs or outputs are missing, too many or their rows overlap";
         case TRIM_NATIVE_BAD_THREADS: return "the number of threads is not between 1 and 4096";
         case TRIM_NATIVE_NO_MEMORY: return "there is no memory for the scratch space";

@@ -1,4 +1,4 @@
-// The two kernels, written once and compiled for each instruction set, and the table through which they are called.
+// The kernels, written once and compiled for each instruction set, and the table through which they are called.
 //
 // An instruction set is a class `Isa` of a few operations on vectors of `Isa::kLanes` floats (see portable.cpp for the
 // plainest one). Nothing here may be shared between translation units: the linker keeps one copy of an inline function,
@@ -17,30 +17,49 @@ namespace trim {
 
 constexpr std::int64_t kGroupRows = 4;
 constexpr std::int64_t kWordColumns = 64;
+constexpr std::int64_t kListRows = 8;
 constexpr std::int64_t kGroupWordValues = kGroupRows * kWordColumns;  // the most that four mask words can keep
 
 // How values are stored; float and int8 stand for themselves.
 struct BFloat16 { std::uint16_t bits; };
 struct Float16 { std::uint16_t bits; };
 
-// A `TrimNativeMatrix` whose sizes were checked. What the mask says is checked by the kernels as they go.
+// A `TrimNativeMatrix` whose sizes were checked. What mask and lists say is checked by the kernels as they go.
 struct Matrix {
-    std::int64_t rows, columns, groups, words;
+    std::int64_t rows, columns, words;
     const std::int32_t* order;
+    std::int64_t groups;  // of four rows each, as a bitmap
     const std::uint64_t* mask;
     const std::int64_t* group_start;
     const void* values;
+    std::int64_t blocks;  // of eight rows each, as lists
+    const std::int64_t* list_start;
+    const std::uint16_t* list_columns;
+    const void* list_values;
     const float* scales;  // null: 1 for each row
 };
 
-// Groups first..last-1 of a matrix: what one thread does.
+// A `TrimNativeDense` whose sizes were checked.
+struct DenseMatrix {
+    std::int64_t rows, columns;
+    const void* values;
+    const float* scales;
+};
+
+// Some of the groups, blocks or rows of a matrix, first..last-1: what one thread does.
 struct Span { std::int64_t first, last; };
 
+// Floats that the inputs of lists must have room for: a 16-bit column, right or wrong, is then always inside.
+constexpr std::int64_t kListInputs = 65536;
+
 // One token: y = W x. `arrange` copies x into words * 64 floats, zeros behind the last column, in the order in which
-// the lanes of `multiply` want it. Each row's sum is written to outputs[order[.]]. False when mask and values disagree.
+// the lanes of `bitmap` want it; the others take x as it is. Each row's sum is written to outputs[order[.]]. False when
+// mask and values disagree.
 struct Decode {
     void (*arrange)(const float* inputs, const Matrix& matrix, float* arranged);
-    bool (*multiply)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
+    bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
+    void (*lists)(const Matrix& matrix, Span blocks, const float* inputs, float* outputs);
+    void (*dense)(const DenseMatrix& matrix, Span rows, const float* inputs, float* outputs);
 };
 
 // Several tokens: Y^T = W X^T. Tokens are taken side by side, a vector of `lanes` at a time, and up to `widest` vectors
@@ -53,8 +72,10 @@ struct Decode {
 struct Batch {
     std::int64_t lanes, widest;
     std::size_t scratch_bytes;  // of one thread, aligned to 64
-    bool (*multiply)(const Matrix& matrix, Span groups, const float* inputs, float* outputs, std::int64_t vectors,
-                     void* scratch);
+    bool (*bitmap)(const Matrix& matrix, Span groups, const float* inputs, float* outputs, std::int64_t vectors,
+                   void* scratch);
+    bool (*lists)(const Matrix& matrix, Span blocks, const float* inputs, float* outputs, std::int64_t vectors,
+                  void* scratch);
 };
 
 // One instruction set; indexed by the value type.
@@ -69,6 +90,8 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 
 namespace {
+
+TRIM_INLINE std::int64_t length(Span span) { return span.last - span.first; }
 
 // Vectors of the next panel when so many are left: as many as fit, by powers of two.
 TRIM_INLINE std::int64_t panel_width(std::int64_t left, std::int64_t widest) {
@@ -92,6 +115,28 @@ TRIM_INLINE void prefetch(const void* stream, std::uintptr_t bytes_ahead) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(stream) + bytes_ahead));
 }
 
+// ---- values one by one --------------------------------------------------------------------------------------------
+
+TRIM_INLINE float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+TRIM_INLINE float widen_one(float value) { return value; }
+TRIM_INLINE float widen_one(std::int8_t value) { return value; }
+TRIM_INLINE float widen_one(BFloat16 value) { return from_bits(static_cast<std::uint32_t>(value.bits) << 16); }
+
+// IEEE half precision. Exponent and mantissa keep their places when shifted by 13 bits; 2^112 then corrects the bias,
+// which also makes subnormal numbers right. Infinity and NaN have the largest exponent in both formats.
+TRIM_INLINE float widen_one(Float16 value) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
+    const std::uint32_t rest = value.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    const float scaled = from_bits(rest << 13) * 0x1p112f;
+    return from_bits(sign) + (sign ? -scaled : scaled);
+}
+
 // ---- one token --------------------------------------------------------------------------------------------------
 
 // Inputs in their own order.
@@ -100,9 +145,12 @@ inline void arrange_plainly(const float* inputs, const Matrix& matrix, float* ar
     for (std::int64_t j = matrix.columns; j < matrix.words * kWordColumns; ++j) arranged[j] = 0.0f;
 }
 
+TRIM_INLINE float scale_of(const float* scales, std::int64_t row) { return scales ? scales[row] : 1.0f; }
+
 // The values of a word are expanded to where their columns are, zeros between them, and multiplied with all 64 inputs.
 template <typename Isa, typename Value>
-bool decode(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
+bool decode_bitmap(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs,
+                   float* TRIM_RESTRICT outputs) {
     const std::uint64_t* mask = matrix.mask + groups.first * matrix.words * kGroupRows;
     for (std::int64_t group = groups.first; group < groups.last; ++group) {
         const Value* values = static_cast<const Value*>(matrix.values) + matrix.group_start[group];
@@ -112,7 +160,7 @@ bool decode(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs
             if (!within(mask, values, end)) return false;
             // Read once, front to back: hardware prefetchers follow late, and not at all across pages.
             prefetch(mask, 2048);
-            prefetch(values, 2048);
+            for (std::uintptr_t line = 0; line < sizeof(Value); ++line) prefetch(values, 2048 + 64 * line);
             const float* x = inputs + word * kWordColumns;
 #pragma GCC unroll 4
             for (std::int64_t i = 0; i < kGroupRows; ++i) Isa::add_products(mask[i], values, x, sums[i]);
@@ -120,73 +168,214 @@ bool decode(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs
         if (values != end) return false;
         for (std::int64_t i = 0; i < kGroupRows && group * kGroupRows + i < matrix.rows; ++i) {
             const std::int32_t row = matrix.order[group * kGroupRows + i];
-            outputs[row] = Isa::total(sums[i]) * (matrix.scales ? matrix.scales[row] : 1.0f);
+            outputs[row] = Isa::total(sums[i]) * scale_of(matrix.scales, row);
         }
     }
     return true;
+}
+
+// The input of each listed column is looked up; eight rows side by side.
+template <typename Isa, typename Value>
+void decode_lists(const Matrix& matrix, Span blocks, const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
+    const Value* const values = static_cast<const Value*>(matrix.list_values);
+    for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
+        typename Isa::ListSums sums = {};
+        const std::int64_t end = matrix.list_start[block + 1];
+        for (std::int64_t entry = matrix.list_start[block]; entry < end; entry += 2 * kListRows) {
+            prefetch(matrix.list_columns + entry, 1024);
+            prefetch(values + entry, 2048);
+            Isa::add_two_steps(matrix.list_columns + entry, values + entry, inputs, sums);
+        }
+        float rows[kListRows];
+        Isa::store_rows(sums, rows);
+        const std::int64_t place = matrix.groups * kGroupRows + block * kListRows;
+        for (std::int64_t i = 0; i < kListRows && place + i < matrix.rows; ++i) {
+            const std::int32_t row = matrix.order[place + i];
+            outputs[row] = rows[i] * scale_of(matrix.scales, row);
+        }
+    }
+}
+
+// A dense matrix, row after row: one stream that prefetchers follow.
+template <typename Isa, typename Value>
+void decode_dense(const DenseMatrix& matrix, Span rows, const float* TRIM_RESTRICT inputs,
+                  float* TRIM_RESTRICT outputs) {
+    constexpr std::int64_t kChains = 4, kLanes = Isa::kLanes;
+    const std::int64_t columns = matrix.columns, whole = columns / kLanes * kLanes;
+    float last_inputs[kLanes] = {};
+    for (std::int64_t j = whole; j < columns; ++j) last_inputs[j - whole] = inputs[j];
+    const Value* values = static_cast<const Value*>(matrix.values) + rows.first * columns;
+    for (std::int64_t row = rows.first; row < rows.last; ++row, values += columns) {
+        typename Isa::Vector sums[kChains] = {};
+        std::int64_t j = 0;
+        for (; j + kChains * kLanes <= whole; j += kChains * kLanes) {
+            for (std::uintptr_t line = 0; line < sizeof(Value); ++line) prefetch(values + j, 2048 + 64 * line);
+#pragma GCC unroll 4
+            for (std::int64_t i = 0; i < kChains; ++i) {
+                const std::int64_t at = j + i * kLanes;
+                sums[i] = Isa::multiply_add(Isa::widen(values + at), Isa::load(inputs + at), sums[i]);
+            }
+        }
+        for (; j < whole; j += kLanes) {
+            sums[0] = Isa::multiply_add(Isa::widen(values + j), Isa::load(inputs + j), sums[0]);
+        }
+        if (whole < columns) {
+            Value last[kLanes] = {};
+            std::memcpy(last, values + whole, static_cast<std::size_t>(columns - whole) * sizeof(Value));
+            sums[0] = Isa::multiply_add(Isa::widen(last), Isa::load(last_inputs), sums[0]);
+        }
+        const typename Isa::Vector all = Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3]));
+        outputs[row] = Isa::total(all) * scale_of(matrix.scales, row);
+    }
 }
 
 // ---- several tokens ---------------------------------------------------------------------------------------------
 
-constexpr std::int64_t kBlockGroups = 32;  // groups whose weights are decoded at a time
-constexpr std::int64_t kBlockRows = kBlockGroups * kGroupRows;
-constexpr std::int64_t kSlack = 64;  // entries that a store may write too many
+constexpr std::int64_t kTileRows = 128;  // rows whose weights are decoded at a time
+constexpr std::int64_t kSlack = 64;      // entries that a store may write too many
 
-// The kept weights of a block of rows in a few words of columns, as value and column. Decoded once and used for all
-// tokens. Rows follow each other in the order of the layout; row_end says where their entries end. Each has an even
-// number of entries, if need be with a zero at its end.
-template <typename Isa, typename Value>
+// The kept weights of some rows in a few words of columns, as value and column. Decoded once and used for all tokens.
+// Rows follow each other in the order of the layout; row_end says where their entries end. Each has an even number of
+// entries, if need be with a zero at its end.
+template <typename Isa>
 struct alignas(64) Tile {
     static constexpr std::int64_t kColumns = Isa::kTileWords * kWordColumns;
     static_assert(kColumns <= 256, "a column is a byte");
 
-    float values[kBlockRows * kColumns + kSlack];
-    std::uint8_t columns[kBlockRows * kColumns + kSlack];
-    std::int32_t row_end[kBlockRows];
-    const Value* next[kBlockGroups];  // value of each group where the next tile begins
+    float values[kTileRows * kColumns + kSlack];
+    std::uint8_t columns[kTileRows * kColumns + kSlack];
+    std::int32_t row_end[kTileRows];
+    std::int64_t entries;
+
+    void end_row(std::int64_t row) {
+        values[entries] = 0.0f;
+        columns[entries] = 0;
+        entries += entries % 2;
+        row_end[row] = static_cast<std::int32_t>(entries);
+    }
 };
 
+// Decodes groups of a bitmap, tile after tile.
 template <typename Isa, typename Value>
-bool decode_tile(const Matrix& matrix, Span block, Span words, Tile<Isa, Value>& tile) {
-    std::int64_t entries = 0;
-    for (std::int64_t group = block.first; group < block.last; ++group) {
-        const std::uint64_t* const mask = matrix.mask + (group * matrix.words + words.first) * kGroupRows;
-        const std::int64_t mask_words = (words.last - words.first) * kGroupRows;
-        // The stream alternates between rows; what belongs to each mask word begins here:
-        const Value* begins[Isa::kTileWords * kGroupRows];
-        const Value*& next = tile.next[group - block.first];
-        const Value* const end = static_cast<const Value*>(matrix.values) + matrix.group_start[group + 1];
-        for (std::int64_t m = 0; m < mask_words; ++m) {
-            if (m % kGroupRows == 0 && !within(mask + m, next, end)) return false;
-            begins[m] = next;
-            next += popcount(mask[m]);
-        }
-        // By the next tile, as many groups later as a block has: too far apart for a hardware prefetcher.
-        prefetch(mask + mask_words, 0);
-        for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
-        for (std::int64_t i = 0; i < kGroupRows; ++i) {
-            for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
-                const std::int64_t count = popcount(mask[m]);
-                Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + entries);
-                for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
-                    Isa::store(tile.values + entries + k, Isa::widen(begins[m] + k));
-                }
-                entries += count;
-            }
-            tile.values[entries] = 0.0f;
-            tile.columns[entries] = 0;
-            entries += entries % 2;
-            tile.row_end[(group - block.first) * kGroupRows + i] = static_cast<std::int32_t>(entries);
+class BitmapTiles {
+  public:
+    static constexpr std::int64_t kRows = kGroupRows;
+
+    BitmapTiles(const Matrix& matrix, Span groups) : matrix_(matrix), groups_(groups) {
+        for (std::int64_t group = groups.first; group < groups.last; ++group) {
+            next_[group - groups.first] = start(group);
         }
     }
-    return true;
-}
+
+    static std::int64_t first_place(const Matrix&, std::int64_t group) { return group * kGroupRows; }
+
+    bool decode(Span words, Tile<Isa>& tile) {
+        tile.entries = 0;
+        for (std::int64_t group = groups_.first; group < groups_.last; ++group) {
+            const std::uint64_t* const mask = matrix_.mask + (group * matrix_.words + words.first) * kGroupRows;
+            const std::int64_t mask_words = length(words) * kGroupRows;
+            // The stream alternates between rows; what belongs to each mask word begins here:
+            const Value* begins[Isa::kTileWords * kGroupRows];
+            const Value*& next = next_[group - groups_.first];
+            const Value* const end = start(group + 1);
+            for (std::int64_t m = 0; m < mask_words; ++m) {
+                if (m % kGroupRows == 0 && !within(mask + m, next, end)) return false;
+                begins[m] = next;
+                next += popcount(mask[m]);
+            }
+            // By the next tile, as many groups later as a tile has: too far apart for a hardware prefetcher.
+            prefetch(mask + mask_words, 0);
+            for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
+            for (std::int64_t i = 0; i < kGroupRows; ++i) {
+                for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
+                    const std::int64_t count = popcount(mask[m]);
+                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + tile.entries);
+                    for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
+                        Isa::store(tile.values + tile.entries + k, Isa::widen(begins[m] + k));
+                    }
+                    tile.entries += count;
+                }
+                tile.end_row((group - groups_.first) * kGroupRows + i);
+            }
+        }
+        return true;
+    }
+
+    bool all_read() const {
+        for (std::int64_t group = groups_.first; group < groups_.last; ++group) {
+            if (next_[group - groups_.first] != start(group + 1)) return false;
+        }
+        return true;
+    }
+
+  private:
+    const Value* start(std::int64_t group) const {
+        return static_cast<const Value*>(matrix_.values) + matrix_.group_start[group];
+    }
+
+    const Matrix& matrix_;
+    Span groups_;
+    const Value* next_[kTileRows / kGroupRows];  // value of each group where the next tile begins
+};
+
+// Decodes blocks of lists, tile after tile. Columns must rise; where they do not, a row is at its end.
+template <typename Isa, typename Value>
+class ListTiles {
+  public:
+    static constexpr std::int64_t kRows = kListRows;
+
+    ListTiles(const Matrix& matrix, Span blocks) : matrix_(matrix), blocks_(blocks) {
+        for (std::int64_t row = 0; row < length(blocks) * kListRows; ++row) {
+            next_[row] = matrix.list_start[blocks.first + row / kListRows] + row % kListRows;
+        }
+    }
+
+    static std::int64_t first_place(const Matrix& matrix, std::int64_t block) {
+        return matrix.groups * kGroupRows + block * kListRows;
+    }
+
+    bool decode(Span words, Tile<Isa>& tile) {
+        const Value* const values = static_cast<const Value*>(matrix_.list_values);
+        const std::int64_t first = words.first * kWordColumns, last = words.last * kWordColumns;
+        tile.entries = 0;
+        for (std::int64_t row = 0; row < length(blocks_) * kListRows; ++row) {
+            const std::int64_t end = matrix_.list_start[blocks_.first + row / kListRows + 1];
+            std::int64_t entry = next_[row], before = first - 1, column;
+            for (; entry < end && (column = matrix_.list_columns[entry]) < last; entry += kListRows) {
+                if (column <= before) {
+                    if (column < first) return false;
+                    entry = end;
+                    break;
+                }
+                tile.columns[tile.entries] = static_cast<std::uint8_t>(column - first);
+                tile.values[tile.entries] = widen_one(values[entry]);
+                ++tile.entries;
+                before = column;
+            }
+            next_[row] = entry;
+            tile.end_row(row);
+        }
+        return true;
+    }
+
+    bool all_read() const {
+        for (std::int64_t row = 0; row < length(blocks_) * kListRows; ++row) {
+            if (next_[row] < matrix_.list_start[blocks_.first + row / kListRows + 1]) return false;
+        }
+        return true;
+    }
+
+  private:
+    const Matrix& matrix_;
+    Span blocks_;
+    std::int64_t next_[kTileRows];  // entry of each row where the next tile begins
+};
 
 // Adds the products of a tile to one panel, `kWidth` vectors wide. Even and odd entries have a chain of sums each, so
 // that an addition need not wait for the one before; both start at zero in each tile, which rounds less than one long
 // chain, and makes the result independent of the number of tokens.
-template <typename Isa, std::int64_t kWidth, typename Value>
-void multiply_tile(const Tile<Isa, Value>& tile, std::int64_t rows, const std::int32_t* order,
+template <typename Isa, std::int64_t kWidth>
+void multiply_tile(const Tile<Isa>& tile, std::int64_t rows, const std::int32_t* order,
                    const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
     constexpr std::int64_t kLanes = Isa::kLanes, kTokens = kWidth * kLanes;
     std::int64_t entry = 0;
@@ -211,23 +400,20 @@ void multiply_tile(const Tile<Isa, Value>& tile, std::int64_t rows, const std::i
     }
 }
 
-template <typename Isa, typename Value>
-bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, float* outputs, std::int64_t vectors,
+template <typename Isa, typename Tiles>
+bool multiply_batch(const Matrix& matrix, Span all, const float* inputs, float* outputs, std::int64_t vectors,
                     void* scratch) {
-    Tile<Isa, Value>& tile = *static_cast<Tile<Isa, Value>*>(scratch);
-    const Value* values = static_cast<const Value*>(matrix.values);
-    for (Span block{groups.first, 0}; block.first < groups.last; block.first = block.last) {
-        block.last = block.first + kBlockGroups < groups.last ? block.first + kBlockGroups : groups.last;
-        const std::int64_t first_row = block.first * kGroupRows;
-        const std::int64_t end_row = block.last * kGroupRows < matrix.rows ? block.last * kGroupRows : matrix.rows;
-        const std::int32_t* order = matrix.order + first_row;
-        const std::int64_t rows = end_row - first_row;
-        for (std::int64_t group = block.first; group < block.last; ++group) {
-            tile.next[group - block.first] = values + matrix.group_start[group];
-        }
+    constexpr std::int64_t kAtATime = kTileRows / Tiles::kRows;
+    Tile<Isa>& tile = *static_cast<Tile<Isa>*>(scratch);
+    for (Span some{all.first, all.first}; some.first < all.last; some.first = some.last) {
+        some.last = some.first + kAtATime < all.last ? some.first + kAtATime : all.last;
+        Tiles tiles(matrix, some);
+        const std::int64_t place = Tiles::first_place(matrix, some.first), left = matrix.rows - place;
+        const std::int32_t* const order = matrix.order + place;
+        const std::int64_t rows = length(some) * Tiles::kRows < left ? length(some) * Tiles::kRows : left;
         for (Span words{0, 0}; words.first < matrix.words; words.first = words.last) {
             words.last = words.first + Isa::kTileWords < matrix.words ? words.first + Isa::kTileWords : matrix.words;
-            if (!decode_tile(matrix, block, words, tile)) return false;
+            if (!tiles.decode(words, tile)) return false;
             for (std::int64_t v = 0, width; v < vectors; v += width) {
                 width = panel_width(vectors - v, Isa::kWidest);
                 const std::int64_t before = v * Isa::kLanes, tokens = width * Isa::kLanes;
@@ -241,9 +427,7 @@ bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, floa
                 }
             }
         }
-        for (std::int64_t group = block.first; group < block.last; ++group) {
-            if (tile.next[group - block.first] != values + matrix.group_start[group + 1]) return false;
-        }
+        if (!tiles.all_read()) return false;
     }
     return true;
 }
@@ -252,12 +436,14 @@ bool multiply_batch(const Matrix& matrix, Span groups, const float* inputs, floa
 
 template <typename Isa, typename Value>
 constexpr Decode decode_kernel() {
-    return {Isa::arrangement(static_cast<const Value*>(nullptr)), decode<Isa, Value>};
+    return {Isa::arrangement(static_cast<const Value*>(nullptr)), decode_bitmap<Isa, Value>, decode_lists<Isa, Value>,
+            decode_dense<Isa, Value>};
 }
 
 template <typename Isa, typename Value>
 constexpr Batch batch_kernel() {
-    return {Isa::kLanes, Isa::kWidest, sizeof(Tile<Isa, Value>), multiply_batch<Isa, Value>};
+    return {Isa::kLanes, Isa::kWidest, sizeof(Tile<Isa>), multiply_batch<Isa, BitmapTiles<Isa, Value>>,
+            multiply_batch<Isa, ListTiles<Isa, Value>>};
 }
 
 // In the order of the value types in trim_native.h.

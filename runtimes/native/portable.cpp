@@ -5,26 +5,6 @@
 namespace trim {
 namespace {
 
-TRIM_INLINE float from_bits(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-TRIM_INLINE float widen_one(float value) { return value; }
-TRIM_INLINE float widen_one(std::int8_t value) { return value; }
-TRIM_INLINE float widen_one(BFloat16 value) { return from_bits(static_cast<std::uint32_t>(value.bits) << 16); }
-
-// IEEE half precision. Exponent and mantissa keep their places when shifted by 13 bits; 2^112 then corrects the bias,
-// which also makes subnormal numbers right. Infinity and NaN have the largest exponent in both formats.
-TRIM_INLINE float widen_one(Float16 value) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
-    const std::uint32_t rest = value.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    const float scaled = from_bits(rest << 13) * 0x1p112f;
-    return from_bits(sign) + (sign ? -scaled : scaled);
-}
-
 struct Portable {
     static constexpr std::int64_t kLanes = 8;
     static constexpr std::int64_t kWidest = 4;     // vectors of a panel: two chains of each should fit the registers
@@ -77,6 +57,23 @@ struct Portable {
         sum.value += word;
     }
     static float total(const Sum& sum) { return sum.value; }
+    static float total(const Vector& vector) {
+        float all = 0.0f;
+        for (const float lane : vector.lanes) all += lane;
+        return all;
+    }
+
+    // Sums of eight rows so far, and how two steps of their lists are added.
+    struct ListSums { Vector even, odd; };
+
+    template <typename Value>
+    static void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x, ListSums& sums) {
+        for (std::int64_t i = 0; i < kListRows; ++i) {
+            sums.even.lanes[i] += widen_one(values[i]) * x[columns[i]];
+            sums.odd.lanes[i] += widen_one(values[kListRows + i]) * x[columns[kListRows + i]];
+        }
+    }
+    static void store_rows(const ListSums& sums, float* rows) { store(rows, add(sums.even, sums.odd)); }
 
     // How inputs are laid out for `add_products` with values of this type.
     template <typename Value>

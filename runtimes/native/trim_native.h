@@ -1,17 +1,27 @@
-// C interface of the native CPU engine: y = x W^T for a sparse W stored as `bitmap-4x64`.
+// C interface of the native CPU engine: y = x W^T for a sparse W, and for a dense one where it serves one token.
 //
 // No Python and no torch in here, so that any host can call it. Every function checks what it is given and answers with
 // a status; memory outside the arrays of a matrix is never touched, whatever they hold.
 //
-// The layout (converters/bitmap_4x64.py makes it). Rows are sorted by how many weights they keep and taken in groups
-// of four; columns are taken in words of 64. A kernel reads both streams strictly forward:
+// A sparse matrix (runtimes/native/matrix.py makes it) has its rows sorted by how many weights they keep, most first. The
+// first of them are stored as a bitmap, in groups of four rows and words of 64 columns, as `bitmap-4x64` has it. A
+// kernel reads both streams strictly forward:
 //
 //                    word 0                        word 1
 //     mask    | row 0 | row 1 | row 2 | row 3 | row 0 | row 1 | ...     64 bits each, column j is bit j % 64
 //     values  | kept of row 0 | of row 1 | ...                          as many as the mask has bits, without gaps
 //              group 0                                            group 1 follows, and so on
 //
-// Rows that fill up the last group, and columns that fill up the last word, have no bits.
+// Rows that fill up the last group, and columns that fill up the last word, have no bits. The other rows, which keep so
+// few weights that going through all columns would take longer than looking each kept one up, are stored as lists of
+// columns, in blocks of eight rows:
+//
+//              step 0                        step 1
+//     columns | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       rising in each row; 16 bits
+//     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...
+//              block 0                                            block 1 follows, and so on
+//
+// A block has an even number of steps; a row that is shorter repeats its last column with values of zero.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +43,7 @@ enum {
     TRIM_NATIVE_NO_MATRIX,     // null, a side that is not positive, or an unknown value type
     TRIM_NATIVE_BAD_SIZE,      // an array is missing, misaligned or not as long as the sides demand
     TRIM_NATIVE_BAD_ORDER,     // a row that does not exist
-    TRIM_NATIVE_BAD_MASK,      // mask, group starts and values disagree
+    TRIM_NATIVE_BAD_MASK,      // mask or lists, their starts and values disagree
     TRIM_NATIVE_BAD_INPUTS,    // inputs or outputs are missing, or a stride is shorter than a row
     TRIM_NATIVE_BAD_THREADS,   // fewer than one, or absurdly many
     TRIM_NATIVE_NO_MEMORY,     // the scratch space cannot be had
@@ -44,18 +54,35 @@ enum {
 // One sparse matrix; sizes count elements. All of it belongs to the caller.
 typedef struct TrimNativeMatrix {
     int64_t rows, columns;      // below 2^31
+    int64_t bitmap_rows;        // so many rows are a bitmap: all, or a multiple of four
     const int32_t* order;       // [rows]: the row that stands at each place of the layout
     int64_t order_size;
-    const uint64_t* mask;       // [groups, words, 4], with groups = ceil(rows / 4) and words = ceil(columns / 64)
+    const uint64_t* mask;       // [groups, words, 4], with groups = ceil(bitmap_rows / 4), words = ceil(columns / 64)
     int64_t mask_size;
     const int64_t* group_start; // [groups + 1]: where the values of each group begin
     int64_t group_start_size;
     const void* values;         // [group_start[groups]] and the tail
     int64_t values_size;        // the tail included
+    const int64_t* list_start;  // [blocks + 1]: where each block begins, with blocks = ceil((rows - bitmap_rows) / 8)
+    int64_t list_start_size;
+    const uint16_t* list_columns; // [list_start[blocks]]
+    int64_t list_columns_size;
+    const void* list_values;    // [list_start[blocks]]
+    int64_t list_values_size;
     const float* scales;        // [rows] for 8-bit integers, in the order of the rows of W; else null
     int64_t scales_size;
     int32_t value_type;
 } TrimNativeMatrix;
+
+// A dense matrix, row after row.
+typedef struct TrimNativeDense {
+    int64_t rows, columns;      // below 2^31
+    const void* values;         // [rows, columns]
+    int64_t values_size;
+    const float* scales;        // [rows] for 8-bit integers, else null
+    int64_t scales_size;
+    int32_t value_type;
+} TrimNativeDense;
 
 // outputs[t, i] = sum_j W[i, j] inputs[t, j], summed in float32.
 //
@@ -66,6 +93,11 @@ typedef struct TrimNativeMatrix {
 TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);
+
+// outputs[i] = sum_j W[i, j] inputs[j] for one token and a dense W, summed in float32; the same bits for any number of
+// threads.
+TRIM_NATIVE_API int32_t trim_native_dense(const TrimNativeDense* matrix, const float* inputs, int64_t inputs_size,
+                                          float* outputs, int64_t outputs_size, int32_t threads);
 
 // The instruction set in use: "portable", "avx2" or "avx512". The best this processor has, unless one was selected.
 TRIM_NATIVE_API const char* trim_native_isa(void);

@@ -38,6 +38,7 @@ err = Console(stderr=True, highlight=False)
 Directory = Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 Runtimes = Annotated[list[str] | None, typer.Option("--runtime", help="Runtime to use; repeat for several.")]
+LmHead = Annotated[str, typer.Option(help="stored, or int8: faster on a small model, not exact.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Directory, app, open_quietly, read_tokenizer
+from trim_export.cli.common import Directory, LmHead, app, open_quietly, read_tokenizer
 from trim_export.errors import UsageError
 
 
@@ -16,6 +16,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     runtime: Annotated[str, typer.Option(help="Runtime to use.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    lm_head: LmHead = "stored",
 ) -> None:
     """Continue a prompt (greedy)."""
     open_quietly(directory)
@@ -25,6 +26,6 @@ def generate(
     tokens = tokenizer(prompt, return_tensors="pt")
     if tokens["input_ids"].shape[1] == 0:
         raise UsageError("the prompt is empty")
-    model: Any = load(directory, runtime)
+    model: Any = load(directory, runtime, lm_head=lm_head)
     text = model.generate(**tokens, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0)
     print(tokenizer.decode(text[0], skip_special_tokens=True))

@@ -10,6 +10,7 @@ from trim_export.cli.common import (
     Device,
     Directory,
     Json,
+    LmHead,
     Runtimes,
     app,
     open_quietly,
@@ -17,7 +18,7 @@ from trim_export.cli.common import (
     read_tokenizer,
     write_json,
 )
-from trim_export.errors import CheckFailed
+from trim_export.errors import CheckFailed, choose
 
 
 @app.command()
@@ -68,6 +69,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 128,
     generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    lm_head: LmHead = "stored",
     json_file: Json = None,
 ) -> None:
     """Measure latency and memory of each runtime against the dense model, interleaved, each in its own process."""
@@ -77,10 +79,11 @@ def bench(
     from trim_export.bench import bench as bench_artifact
     from trim_export.forward import choose_device
     from trim_export.report import bench_table
-    from trim_export.runtimes import available_runtimes
+    from trim_export.runtimes import LM_HEADS, available_runtimes
 
     place = choose_device(device).type
     workload = Workload(tuple(batch or (1,)), prompt, generate, repeats, threads, place)
-    result = bench_artifact(artifact, contestants(artifact, runtime or available_runtimes(place)), workload)
+    entries = contestants(artifact, runtime or available_runtimes(place), choose("LM head", lm_head, LM_HEADS))
+    result = bench_artifact(artifact, entries, workload)
     out.print(bench_table(result))
     write_json(json_file, result)

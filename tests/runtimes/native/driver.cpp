@@ -74,6 +74,10 @@ Value draw(std::int32_t type) {
     return {bits >> 16, value};
 }
 
+std::size_t value_bytes(std::int32_t type) {
+    return type == TRIM_NATIVE_F32 ? 4 : type == TRIM_NATIVE_I8 ? 1 : 2;
+}
+
 struct Problem {
     std::int64_t rows, columns;
     std::int32_t type;
@@ -83,12 +87,17 @@ struct Problem {
     Array<std::uint64_t> mask{{}};
     Array<std::int64_t> starts{{}};
     Array<std::uint8_t> values{{}};
+    Array<std::int64_t> list_starts{{}};
+    Array<std::uint16_t> list_columns{{}};
+    Array<std::uint8_t> list_values{{}};
     Array<float> scales{{}};
     TrimNativeMatrix matrix{};
 
-    Problem(std::int64_t n, std::int64_t k, std::int32_t value_type, double density)
+    // The rows behind the first `bitmap_rows` are lists.
+    Problem(std::int64_t n, std::int64_t k, std::int32_t value_type, double density, std::int64_t bitmap_rows)
         : rows(n), columns(k), type(value_type), dense(static_cast<std::size_t>(n * k)) {
-        const std::size_t bytes = type == TRIM_NATIVE_F32 ? 4 : type == TRIM_NATIVE_I8 ? 1 : 2;
+        const std::size_t bytes = value_bytes(type);
+        if (bitmap_rows > rows) bitmap_rows = rows;
         std::vector<std::int32_t> some_order(static_cast<std::size_t>(rows));
         std::iota(some_order.begin(), some_order.end(), 0);
         std::shuffle(some_order.begin(), some_order.end(), generator);
@@ -96,20 +105,23 @@ struct Problem {
         std::vector<std::int64_t> begins{0};
         std::vector<std::uint8_t> stream;
         for (std::int64_t i = 0; i < rows; ++i) row_scales.push_back(static_cast<float>(uniform()));
-        for (std::int64_t group = 0; group < (rows + 3) / 4; ++group) {
+        // The value of a kept weight, which is written down as the `place`-th row's.
+        const auto keep = [&](std::int64_t place, std::int64_t j, std::vector<std::uint8_t>& to) {
+            const Value value = draw(type);
+            const std::int64_t row = some_order[static_cast<std::size_t>(place)];
+            const double scale = type == TRIM_NATIVE_I8 ? row_scales[static_cast<std::size_t>(row)] : 1.0;
+            dense[static_cast<std::size_t>(row * columns + j)] = value.meaning * scale;
+            for (std::size_t b = 0; b < bytes; ++b) to.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
+        };
+        const auto is_kept = [&] { return uniform() <= 2 * density - 1; };
+        for (std::int64_t group = 0; group < (bitmap_rows + 3) / 4; ++group) {
             for (std::int64_t word = 0; word < (columns + 63) / 64; ++word) {
                 for (std::int64_t i = 4 * group; i < 4 * group + 4; ++i) {
                     std::uint64_t bits = 0;
                     for (std::int64_t j = 64 * word; i < rows && j < 64 * word + 64 && j < columns; ++j) {
-                        if (uniform() > 2 * density - 1) continue;
-                        const Value value = draw(type);
-                        const std::int64_t row = some_order[static_cast<std::size_t>(i)];
-                        const double scale = type == TRIM_NATIVE_I8 ? row_scales[static_cast<std::size_t>(row)] : 1.0;
-                        dense[static_cast<std::size_t>(row * columns + j)] = value.meaning * scale;
+                        if (!is_kept()) continue;
+                        keep(i, j, stream);
                         bits |= std::uint64_t{1} << (j % 64);
-                        for (std::size_t b = 0; b < bytes; ++b) {
-                            stream.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
-                        }
                     }
                     words.push_back(bits);
                 }
@@ -118,11 +130,37 @@ struct Problem {
         }
         // Not numbers: whatever is read there must not reach a sum.
         stream.resize(stream.size() + TRIM_NATIVE_TAIL * bytes, 0xff);
+        std::vector<std::int64_t> list_begins{0};
+        std::vector<std::uint16_t> listed;
+        std::vector<std::uint8_t> list_stream;
+        for (std::int64_t block = 0; block < (rows - bitmap_rows + 7) / 8; ++block) {
+            std::vector<std::uint16_t> of_row[8];
+            std::size_t steps = 0;
+            for (std::int64_t i = 0; i < 8; ++i) {
+                const std::int64_t place = bitmap_rows + 8 * block + i;
+                for (std::int64_t j = 0; place < rows && j < columns; ++j) {
+                    if (is_kept()) of_row[i].push_back(static_cast<std::uint16_t>(j));
+                }
+                steps = std::max(steps, of_row[i].size());
+            }
+            for (std::size_t step = 0; step < steps + steps % 2; ++step) {
+                for (std::int64_t i = 0; i < 8; ++i) {
+                    const std::vector<std::uint16_t>& row = of_row[i];
+                    listed.push_back(step < row.size() ? row[step] : row.empty() ? std::uint16_t{0} : row.back());
+                    if (step < row.size()) keep(bitmap_rows + 8 * block + i, row[step], list_stream);
+                    else list_stream.resize(list_stream.size() + bytes);
+                }
+            }
+            list_begins.push_back(static_cast<std::int64_t>(listed.size()));
+        }
+        list_starts = Array(list_begins), list_columns = Array(listed), list_values = Array(list_stream);
         order = Array(some_order), mask = Array(words), starts = Array(begins), values = Array(stream);
         scales = Array(row_scales);
         const bool scaled = type == TRIM_NATIVE_I8;
-        matrix = {rows, columns, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
-                  values.get(), values.size / static_cast<std::int64_t>(bytes), scaled ? scales.get() : nullptr,
+        const auto width = static_cast<std::int64_t>(bytes);
+        matrix = {rows, columns, bitmap_rows, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
+                  values.get(), values.size / width, list_starts.get(), list_starts.size, list_columns.get(),
+                  list_columns.size, list_values.get(), list_values.size / width, scaled ? scales.get() : nullptr,
                   scaled ? scales.size : 0, type};
     }
 };
@@ -160,7 +198,7 @@ void check_sums(const Problem& problem, std::int64_t tokens, std::int64_t gap) {
 // Whatever the arrays hold: a status or some numbers, but nothing is touched that is not theirs.
 void check_damage(std::int32_t type) {
     for (std::int64_t tokens : {1, 5}) {
-        Problem problem(11, 150, type, 0.3);
+        Problem problem(11, 150, type, 0.3, 11);
         const Array<float> x(random_floats(tokens * 150)), y(random_floats(tokens * 11));
         TrimNativeMatrix m = problem.matrix;
         const auto run = [&](const TrimNativeMatrix& given) {
@@ -195,8 +233,79 @@ void check_damage(std::int32_t type) {
     }
 }
 
+void check_damaged_lists(std::int32_t type) {
+    for (std::int64_t tokens : {1, 5}) {
+        Problem problem(21, 300, type, 0.3, 4);
+        const Array<float> x(random_floats(tokens * 300)), y(random_floats(tokens * 21));
+        const TrimNativeMatrix& m = problem.matrix;
+        const auto run = [&] { return trim_native_linear(&m, x.get(), tokens, 300, y.get(), 21, 2); };
+        CHECK(run() == TRIM_NATIVE_OK);
+        for (std::int64_t entry = 0; entry < problem.list_columns.size; entry += 101) {
+            const std::uint16_t before = problem.list_columns[entry];
+            for (const std::uint16_t wrong : {std::uint16_t{0}, std::uint16_t{299}, std::uint16_t{65535}}) {
+                problem.list_columns[entry] = wrong;
+                const std::int32_t status = run();
+                CHECK(status == TRIM_NATIVE_OK || status == TRIM_NATIVE_BAD_MASK);
+            }
+            problem.list_columns[entry] = before;
+        }
+        for (std::int64_t block = 0; block < problem.list_starts.size; ++block) {
+            const std::int64_t before = problem.list_starts[block];
+            using Limits = std::numeric_limits<std::int64_t>;
+            for (std::int64_t wrong : {before - 1, before + 8, std::int64_t{-16}, Limits::max(), Limits::min()}) {
+                problem.list_starts[block] = wrong;
+                CHECK(run() == TRIM_NATIVE_BAD_MASK);
+            }
+            problem.list_starts[block] = before;
+        }
+    }
+}
+
+void check_dense(std::int64_t rows, std::int64_t columns, std::int32_t type) {
+    const std::size_t bytes = value_bytes(type);
+    std::vector<std::uint8_t> stream;
+    std::vector<double> meanings;
+    for (std::int64_t i = 0; i < rows * columns; ++i) {
+        const Value value = draw(type);
+        meanings.push_back(value.meaning);
+        for (std::size_t b = 0; b < bytes; ++b) stream.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
+    }
+    const Array<std::uint8_t> values(stream);
+    const Array<float> x(random_floats(columns)), y(random_floats(rows)), scales(random_floats(rows));
+    const bool scaled = type == TRIM_NATIVE_I8;
+    const TrimNativeDense good{rows, columns, values.get(), rows * columns, scaled ? scales.get() : nullptr,
+                               scaled ? rows : 0, type};
+    CHECK(trim_native_dense(&good, x.get(), columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
+    bool right = true;
+    for (std::int64_t i = 0; i < rows; ++i) {
+        double sum = 0, size = 0;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            const double weight = meanings[static_cast<std::size_t>(i * columns + j)] * (scaled ? scales[i] : 1.0);
+            sum += weight * x[j], size += std::fabs(weight * x[j]);
+        }
+        right = right && std::fabs(y[i] - sum) <= 1e-6 * size;
+    }
+    CHECK(right);
+    const auto refused = [&](std::int32_t status, const auto& change) {
+        TrimNativeDense wrong = good;
+        change(wrong);
+        CHECK(trim_native_dense(&wrong, x.get(), columns, y.get(), rows, 1) == status);
+    };
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeDense& m) { m.rows = 0; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeDense& m) { m.columns = std::int64_t{1} << 40; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeDense& m) { m.value_type = 4; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.values = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.values_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeDense& m) { m.scales = scaled ? nullptr : scales.get(); });
+    CHECK(trim_native_dense(&good, nullptr, columns, y.get(), rows, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_dense(&good, x.get(), columns + 1, y.get(), rows, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_dense(&good, x.get(), columns, y.get(), rows - 1, 1) == TRIM_NATIVE_BAD_INPUTS);
+    CHECK(trim_native_dense(&good, x.get(), columns, y.get(), rows, 0) == TRIM_NATIVE_BAD_THREADS);
+    CHECK(trim_native_dense(nullptr, x.get(), columns, y.get(), rows, 1) == TRIM_NATIVE_NO_MATRIX);
+}
+
 void check_arguments() {
-    const Problem problem(6, 70, TRIM_NATIVE_BF16, 0.3);
+    const Problem problem(6, 70, TRIM_NATIVE_BF16, 0.3, 6);
     const Array<float> x(random_floats(140)), y(random_floats(12));
     const TrimNativeMatrix& good = problem.matrix;
     const auto refused = [&](std::int32_t status, const auto& change) {
@@ -210,7 +319,14 @@ void check_arguments() {
         refused(TRIM_NATIVE_NO_MATRIX, [&](TrimNativeMatrix& m) { m.columns = side; });
     }
     for (std::int32_t type : {-1, 4}) refused(TRIM_NATIVE_NO_MATRIX, [&](TrimNativeMatrix& m) { m.value_type = type; });
-    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.rows = 5; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeMatrix& m) { m.rows = 5; });  // fewer than are a bitmap
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeMatrix& m) { m.bitmap_rows = -1; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeMatrix& m) { m.bitmap_rows = 3; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.bitmap_rows = 4; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.list_start = nullptr; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.list_columns_size = 16; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.list_values_size = 16; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.list_columns_size = -16; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.columns = 64; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.order = nullptr; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.order_size -= 1; });
@@ -253,17 +369,26 @@ int main(int count, char** names) {
         CHECK(std::strcmp(trim_native_isa(), names[n]) == 0);
         for (std::int32_t type = TRIM_NATIVE_F32; type <= TRIM_NATIVE_I8; ++type) {
             for (double density : {0.0, 0.05, 0.4, 1.0}) {
-                check_sums(Problem(1, 1, type, density), 1, 0);
-                check_sums(Problem(5, 63, type, density), 2, 3);
-                check_sums(Problem(4, 64, type, density), 1, 0);
-                check_sums(Problem(14, 300, type, density), 1, 1);
-                check_sums(Problem(14, 300, type, density), 19, 0);
+                for (std::int64_t bitmap_rows : {0, 4, 1000}) {
+                    check_sums(Problem(1, 1, type, density, bitmap_rows), 1, 0);
+                    check_sums(Problem(5, 63, type, density, bitmap_rows), 2, 3);
+                    check_sums(Problem(4, 64, type, density, bitmap_rows), 1, 0);
+                    check_sums(Problem(14, 300, type, density, bitmap_rows), 1, 1);
+                    check_sums(Problem(14, 300, type, density, bitmap_rows), 19, 0);
+                }
             }
-            check_sums(Problem(531, 200, type, 0.3), 1, 0);  // several blocks of rows, several threads
-            check_sums(Problem(531, 200, type, 0.3), 4, 0);
-            check_sums(Problem(10, 130, type, 0.3), 300, 5);  // several chunks, every width of a panel
+            for (std::int64_t bitmap_rows : {0, 200, 1000}) {
+                check_sums(Problem(531, 200, type, 0.3, bitmap_rows), 1, 0);  // several blocks of rows, several threads
+                check_sums(Problem(531, 200, type, 0.3, bitmap_rows), 4, 0);
+            }
+            check_sums(Problem(10, 130, type, 0.3, 4), 300, 5);  // several chunks, every width of a panel
             check_damage(type);
+            check_damaged_lists(type);
+            check_dense(1, 1, type);
+            check_dense(19, 150, type);
         }
+        check_sums(Problem(900, 500, TRIM_NATIVE_F32, 0.9, 200), 1, 0);  // work for two threads, in both forms
+        check_dense(1100, 1000, TRIM_NATIVE_F32);
     }
     check_arguments();
     std::printf("%ld checks held\n", checks);

@@ -6,7 +6,8 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,34 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_layers import CPU, STORED, available, laid_out, layer, needs_library, random_matrix
 from strategies import DTYPES, assert_same, dense64, matrices
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.bitmap_4x64 import quantize_rows
 from trim_export.errors import EnvironmentLacks, TrimExportError, UsageError
-from trim_export.runtimes import Layout, pick_runtime, tensor_bytes
-from trim_export.runtimes.native import MaskedLinear, NativeLinear, NativeRuntime, sparse_linear
+from trim_export.runtimes import pick_runtime
+from trim_export.runtimes.native import MaskedLinear, NativeLinear, NativeMatrix, NativeRuntime, lay_out, sparse_linear
 from trim_export.runtimes.native import library as native_library
-from trim_export.runtimes.native.library import TAIL, isa, library, multiply, select_isa
-
-needs_library = pytest.mark.skipif(library() is None, reason="installed without the library")
-CPU = Layout(torch.device("cpu"))
-STORED = (*DTYPES, torch.int8)
-
-
-def available() -> list[str]:
-    if library() is None:
-        return []
-    names, before = [], isa()
-    for name in ("portable", "avx2", "avx512"):
-        try:
-            select_isa(name)
-        except EnvironmentLacks:
-            continue
-        names.append(name)
-    select_isa(before)
-    return names
+from trim_export.runtimes.native.library import TAIL, isa, select_isa
 
 
 @pytest.fixture
@@ -51,21 +34,7 @@ def _restore() -> Iterator[None]:
     select_isa(before)
 
 
-def random_matrix(rows: int, columns: int, density: float = 0.3, seed: int = 0) -> SparseMatrix:
-    """Rows of very different density."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, columns, generator=generator) < density * 2 * torch.rand(rows, 1, generator=generator)
-    return SparseMatrix(mask, torch.randn(int(mask.sum()), generator=generator))
-
-
-def layer(matrix: SparseMatrix, stored: torch.dtype = torch.float32, bias: Tensor | None = None) -> NativeLinear:
-    if stored == torch.int8:
-        quantized, scales = quantize_rows(matrix)
-        return NativeLinear(quantized, bias, CPU, scales)
-    return NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(stored)), bias, CPU)
-
-
-def weights(made: NativeLinear) -> np.ndarray:
+def weights(made: NativeMatrix) -> np.ndarray:
     """What a layer multiplies by, in float64: of int8 the products that are never rounded to float32."""
     if made.scales is None:
         return dense64(made.matrix())
@@ -73,12 +42,14 @@ def weights(made: NativeLinear) -> np.ndarray:
     return whole * made.scales.double().numpy()[:, None]
 
 
-def assert_multiplies(made: NativeLinear, inputs: Tensor, output: Tensor, tolerance: float = 1e-6) -> None:
+def assert_multiplies(
+    made: NativeMatrix, inputs: Tensor, output: Tensor, bias: Tensor | None = None, tolerance: float = 1e-6
+) -> None:
     expected = inputs.double().numpy() @ weights(made).T
     magnitude = np.abs(inputs.double().numpy()) @ np.abs(weights(made)).T
-    if made.bias is not None:
-        expected = expected + made.bias.double().numpy()
-        magnitude = magnitude + np.abs(made.bias.double().numpy())
+    if bias is not None:
+        expected = expected + bias.double().numpy()
+        magnitude = magnitude + np.abs(bias.double().numpy())
     assert output.dtype == inputs.dtype
     assert output.shape == expected.shape
     rounding = torch.finfo(inputs.dtype).eps if inputs.dtype != torch.float32 else 0.0
@@ -95,15 +66,16 @@ def assert_multiplies(made: NativeLinear, inputs: Tensor, output: Tensor, tolera
     density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     tokens=st.sampled_from([0, 1, 2, 3, 7, 8, 9, 16, 33, 130]),
     stored=st.sampled_from(STORED),
+    lists=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 2**20),
 )
 def test_products_agree_with_float64(
-    name: str, rows: int, columns: int, density: float, tokens: int, stored: torch.dtype, seed: int
+    name: str, rows: int, columns: int, density: float, tokens: int, stored: torch.dtype, lists: float, seed: int
 ) -> None:
     select_isa(name)
-    made = layer(random_matrix(rows, columns, density, seed), stored)
+    made = laid_out(random_matrix(rows, columns, density, seed), stored, lists)
     inputs = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    assert_multiplies(made, inputs, made(inputs))
+    assert_multiplies(made, inputs, made.multiply(inputs, 2))
 
 
 @needs_library
@@ -111,12 +83,13 @@ def test_products_agree_with_float64(
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_wide_layer_is_as_exact_as_float32_allows(name: str, stored: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("lists", [0.0, 1.0])
+def test_a_wide_layer_is_as_exact_as_float32_allows(name: str, stored: torch.dtype, tokens: int, lists: float) -> None:
     select_isa(name)
-    made = layer(random_matrix(64, 11008, 0.2), stored)
+    made = laid_out(random_matrix(64, 11008, 0.2), stored, lists)
     inputs = torch.randn(tokens, 11008, generator=torch.Generator().manual_seed(1))
     expected = inputs.double().numpy() @ weights(made).T
-    error = np.linalg.norm(made(inputs).double().numpy() - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(made.multiply(inputs, 1).double().numpy() - expected) / np.linalg.norm(expected)
     assert error <= 1e-6
 
 
@@ -127,12 +100,11 @@ def test_a_wide_layer_is_as_exact_as_float32_allows(name: str, stored: torch.dty
 @pytest.mark.parametrize("tokens", [1, 2, 70])
 def test_any_number_of_threads_gives_the_same_bits(name: str, stored: torch.dtype, tokens: int) -> None:
     select_isa(name)
-    made = layer(random_matrix(700, 300), stored)
+    made = laid_out(random_matrix(4000, 300), stored, 0.3)
     inputs = torch.randn(tokens, 300)
-    parts = (made.order, made.mask, made.group_start, made.values, made.scales)
-    alone = multiply(inputs, *parts, threads=1)
+    alone = made.multiply(inputs, 1)
     for threads in (2, 3, 7, 64):
-        assert torch.equal(multiply(inputs, *parts, threads=threads), alone)
+        assert torch.equal(made.multiply(inputs, threads), alone)
 
 
 @needs_library
@@ -183,7 +155,7 @@ def test_any_stored_dtype_multiplies_inputs_of_any_dtype_and_shape(
 ) -> None:
     made = layer(random_matrix(9, 70), stored, torch.randn(9).to(computed))
     inputs = torch.randn(*batch, 70).to(computed)
-    assert_multiplies(made, inputs, made(inputs))
+    assert_multiplies(made.weights.ready, inputs, made(inputs), made.bias)
 
 
 @needs_library
@@ -197,15 +169,28 @@ def test_inputs_need_not_be_contiguous() -> None:
         torch.randn(140)[::2],
         torch.randn(2, 3, 70).transpose(0, 1),
     ):
-        assert_multiplies(made, inputs, made(inputs))
+        assert_multiplies(made.weights.ready, inputs, made(inputs))
 
 
 @needs_library
 @settings(max_examples=60)
-@given(matrix=matrices())
-def test_a_layer_gives_its_matrix_back(matrix: SparseMatrix) -> None:
+@given(matrix=matrices(), lists=st.sampled_from([0.0, 0.3, 1.0]))
+def test_a_layer_gives_its_matrix_back(matrix: SparseMatrix, lists: float) -> None:
+    assert_same(lay_out(matrix, None, lists).matrix(), matrix)
     assert_same(NativeLinear(matrix, None, CPU).matrix(), matrix)
     assert_same(MaskedLinear(matrix, None, CPU).matrix(), matrix)
+
+
+@needs_library
+def test_columns_beyond_the_reach_of_a_list() -> None:
+    matrix = random_matrix(6, 2**16 + 70, 0.01)
+    assert not len(lay_out(matrix, None, 1.0).list_columns)
+    matrix = SparseMatrix(matrix.mask[:, : 2**16], torch.randn(int(matrix.mask[:, : 2**16].sum())))
+    made = lay_out(matrix, None, 1.0)
+    assert not len(made.mask)
+    for tokens in (1, 3):
+        inputs = torch.randn(tokens, 2**16)
+        assert_multiplies(made, inputs, made.multiply(inputs, 1))
 
 
 @needs_library
@@ -214,13 +199,14 @@ def test_a_copy_is_independent_and_a_cast_rounds_as_in_a_linear() -> None:
     made = layer(matrix, torch.float32, torch.randn(6))
     expected = made(inputs)
     twin = copy.deepcopy(made)
-    made.values.zero_()
+    made.weights.values.zero_()
+    made.weights.list_values.zero_()
     assert torch.equal(twin(inputs), expected)
     twin.to(torch.bfloat16)
     assert twin.bias is not None
     assert twin.bias.dtype == torch.bfloat16
     assert_same(twin.matrix(), SparseMatrix(matrix.mask, matrix.values.to(torch.bfloat16)))
-    assert_multiplies(twin, inputs.bfloat16(), twin(inputs.bfloat16()))
+    assert_multiplies(twin.weights.ready, inputs.bfloat16(), twin(inputs.bfloat16()), twin.bias)
 
 
 @needs_library
@@ -228,15 +214,23 @@ def test_a_cast_leaves_eight_bit_weights_alone() -> None:
     made = layer(random_matrix(6, 80), torch.int8)
     before = made.matrix()
     assert_same(made.to(torch.bfloat16).matrix(), before)
-    assert_multiplies(made, torch.ones(2, 80), made(torch.ones(2, 80)))
+    assert_multiplies(made.weights.ready, torch.ones(2, 80), made(torch.ones(2, 80)))
 
 
 @needs_library
 def test_bytes_in_memory() -> None:
     matrix = random_matrix(6, 80)
-    structure = 6 * 4 + 2 * 2 * 4 * 8 + 3 * 8
-    assert tensor_bytes(layer(matrix, torch.bfloat16)) == structure + (matrix.nnz + TAIL) * 2
-    assert tensor_bytes(layer(matrix, torch.int8)) == structure + matrix.nnz + TAIL + 6 * 4
+    structure = 6 * 4 + 6 * 4
+    bitmap = structure + 2 * 2 * 4 * 8 + 3 * 8 + 1 * 8
+    assert held(laid_out(matrix, torch.bfloat16, -1.0)) == bitmap + (matrix.nnz + TAIL) * 2
+    assert held(laid_out(matrix, torch.int8, -1.0)) == bitmap + matrix.nnz + TAIL + 6 * 4
+    steps = int(matrix.row_counts.max())
+    lists = structure + 1 * 8 + 2 * 8 + (steps + steps % 2) * 8 * (2 + 2)
+    assert held(laid_out(matrix, torch.bfloat16, 1.0)) == lists + TAIL * 2
+
+
+def held(made: NativeMatrix) -> int:
+    return sum(part.numel() * part.element_size() for part in made.tensors().values() if part is not None)
 
 
 # ---- the operator ------------------------------------------------------------------------------------------------
@@ -247,7 +241,7 @@ def test_bytes_in_memory() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 4])
 def test_the_operator_is_well_formed(stored: torch.dtype, tokens: int) -> None:
     made = layer(random_matrix(9, 70), stored)
-    arguments = (torch.randn(tokens, 70), made.order, made.mask, made.group_start, made.values, made.scales)
+    arguments = (torch.randn(tokens, 70), *made.weights.ready.tensors().values())
     torch.library.opcheck(sparse_linear, arguments)
 
 
@@ -266,69 +260,94 @@ def test_compiled_and_exported_models_call_it() -> None:
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
-def parts(stored: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
-    made = layer(random_matrix(9, 70), stored)
-    return {
-        "inputs": torch.randn(2, 70),
-        "order": made.order,
-        "mask": made.mask,
-        "group_start": made.group_start,
-        "values": made.values,
-        "scales": made.scales,
-    }
+def parts(lists: float) -> dict[str, Any]:
+    made = laid_out(random_matrix(9, 70), torch.float32, lists)
+    return {"columns": 70, **made.tensors()}
 
 
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
+    ("lists", "name", "change", "message"),
     [
-        ("inputs", lambda t: t.double(), "needs inputs as torch.float32"),
-        ("inputs", lambda t: t[0], r"needs inputs \[tokens, columns\]"),
-        ("inputs", lambda t: t[:, :64], "needs mask as torch.int64"),
-        ("inputs", lambda t: t[:, :0], "needs mask"),
-        ("inputs", lambda t: t.to("meta"), "on the CPU"),
-        ("order", lambda t: t.long(), "needs order as torch.int32"),
-        ("order", lambda t: t[:-1], "needs mask|needs group_start|refused"),
-        ("order", lambda t: t[:0], "needs mask"),
-        ("order", lambda t: t - 1, "a row that does not exist"),
-        ("order", lambda t: t + 1, "a row that does not exist"),
-        ("mask", lambda t: t[:, :1], "needs mask"),
-        ("mask", lambda t: t.int(), "needs mask as torch.int64"),
-        ("mask", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "needs mask without gaps"),
-        ("mask", lambda t: t | 1, "disagree"),
-        ("mask", lambda t: t & 1, "disagree"),
-        ("mask", lambda t: torch.full_like(t, -1), "disagree"),
-        ("group_start", lambda t: t[:-1], "needs group_start"),
-        ("group_start", lambda t: t + 1, "disagree"),
-        ("group_start", lambda t: t * 2**40, "disagree"),
-        ("group_start", lambda t: t.flip(0), "disagree"),
-        ("values", lambda t: t[:-1], "disagree"),
-        ("values", lambda t: t[:63], "wrong length"),
-        ("values", lambda t: t[:0], "wrong length"),
-        ("values", lambda t: t.double(), "values in float32, bfloat16 or float16"),
-        ("values", lambda t: t.to(torch.int8), "without scales"),
-        ("values", lambda t: t[None], "needs values"),
-        ("scales", lambda _: torch.ones(9), "with scales"),
-        ("scales", lambda _: torch.ones(8), "needs scales"),
+        (0.0, "columns", lambda n: 64, "needs mask as torch.int64"),
+        (0.0, "columns", lambda n: 0, "some columns"),
+        (0.0, "order", lambda t: t.long(), "needs order as torch.int32"),
+        (0.0, "order", lambda t: t[:-1], "needs counts"),
+        (0.0, "order", lambda t: t[:0], "needs counts"),
+        (0.0, "order", lambda t: t[None], "needs an order"),
+        (0.0, "order", lambda t: t.to("meta"), "on the CPU"),
+        (0.0, "order", lambda t: t - 1, "a row that does not exist"),
+        (0.0, "order", lambda t: t + 1, "a row that does not exist"),
+        (0.0, "mask", lambda t: t[:, :1], "needs mask"),
+        (0.0, "mask", lambda t: torch.cat([t, t]), "needs mask"),
+        (0.0, "mask", lambda t: t.int(), "needs mask as torch.int64"),
+        (0.0, "mask", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "needs mask without gaps"),
+        (0.0, "mask", lambda t: t | 1, "disagree"),
+        (0.0, "mask", lambda t: t & 1, "disagree"),
+        (0.0, "mask", lambda t: torch.full_like(t, -1), "disagree"),
+        (0.0, "group_start", lambda t: t[:-1], "needs group_start"),
+        (0.0, "group_start", lambda t: t + 1, "disagree"),
+        (0.0, "group_start", lambda t: t * 2**40, "disagree"),
+        (0.0, "group_start", lambda t: t.flip(0), "disagree"),
+        (0.0, "values", lambda t: t[:-1], "disagree"),
+        (0.0, "values", lambda t: t[:63], "wrong length"),
+        (0.0, "values", lambda t: t[:0], "wrong length"),
+        (0.0, "values", lambda t: t.double(), "needs list_values as torch.float64"),
+        (0.0, "values", lambda t: t[None], "needs values"),
+        (0.0, "scales", lambda _: torch.ones(9), "with scales"),
+        (0.0, "scales", lambda _: torch.ones(8), "needs scales"),
+        (1.0, "list_start", lambda t: t[:-1], "needs list_start"),
+        (1.0, "list_start", lambda t: t + 1, "disagree"),
+        (1.0, "list_start", lambda t: t.flip(0), "disagree"),
+        (1.0, "list_start", lambda t: t - t % 64 // 8, "disagree"),
+        (1.0, "list_columns", lambda t: t.int(), "needs list_columns as torch.int16"),
+        (1.0, "list_columns", lambda t: t[:-16], "needs list_values"),
+        (1.0, "list_values", lambda t: t[:-16], "needs list_values"),
+        (1.0, "list_values", lambda t: t.half(), "needs list_values as torch.float32"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(name: str, change: object, message: str, tokens: int) -> None:
-    given = parts()
-    inputs = given["inputs"]
-    assert inputs is not None
-    assert callable(change)
-    given["inputs"] = inputs[:tokens]
+def test_what_does_not_fit_together_is_refused(
+    lists: float, name: str, change: Callable[[Any], Any], message: str, tokens: int
+) -> None:
+    given = parts(lists)
     given[name] = change(given[name])
     with pytest.raises(UsageError, match=message):
-        multiply(**given, threads=2)
+        NativeMatrix(**given).multiply(torch.randn(tokens, 70), 2)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.ones(2, 70).double(), "needs inputs as torch.float32"),
+        (torch.ones(2, 64), r"\[\.\.\., 70\]"),
+        (torch.ones(2, 0), r"\[\.\.\., 70\]"),
+        (torch.ones(()), r"\[\.\.\., 70\]"),
+        (torch.ones(2, 70, device="meta"), "on the CPU"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs: Tensor, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        NativeMatrix(**parts(0.3)).multiply(inputs, 2)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_columns_that_do_not_exist_never_reach_memory(tokens: int) -> None:
+    given = parts(1.0)
+    given["list_columns"] |= 2**14
+    broken = NativeMatrix(**given)
+    assert broken.multiply(torch.ones(1, 70), 1).shape == (1, 9)
+    with pytest.raises(UsageError, match="disagree"):
+        broken.multiply(torch.ones(tokens, 70), 1)
 
 
 @needs_library
 @pytest.mark.parametrize("threads", [0, -1, 10**6])
 def test_a_number_of_threads_that_cannot_be(threads: int) -> None:
     with pytest.raises(UsageError, match="thread"):
-        multiply(**parts(), threads=threads)
+        NativeMatrix(**parts(0.3)).multiply(torch.ones(1, 70), threads)
 
 
 @needs_library
@@ -365,7 +384,7 @@ def test_it_is_there_for_the_processor_and_nothing_else() -> None:
 
 
 def test_without_the_library_another_runtime_serves_and_ours_says_why() -> None:
-    with mock.patch("trim_export.runtimes.native.linear.library", return_value=None):
+    with mock.patch("trim_export.runtimes.native.runtime.library", return_value=None):
         assert pick_runtime("auto").name == "torch-sparse"
         with pytest.raises(EnvironmentLacks, match="runtime native: its library is not installed; install a C"):
             pick_runtime("native")

@@ -101,6 +101,10 @@ static inline __m512 _mm512_cvtph_ps(__m256i a) {
         },
         16);
 }
+static inline __m512 _mm512_i32gather_ps(__m512i at, const void* base, int scale) {
+    return each<__m512>(
+        [&](auto& to, int i) { std::memcpy(&to.f32[i], static_cast<const char*>(base) + at.r.i32[i] * scale, 4); }, 16);
+}
 static inline float _mm512_reduce_add_ps(__m512 a) {
     for (int width = 8; width; width /= 2) {
         for (int i = 0; i < width; ++i) a.r.f32[i] += a.r.f32[i + width];

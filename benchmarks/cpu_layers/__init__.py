@@ -1,0 +1,1 @@
+"""Sparse layers on the CPU against dense and sparse rivals. ``python -m benchmarks.cpu_layers --help``"""

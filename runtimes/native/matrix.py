@@ -1,0 +1,275 @@
+"""A sparse matrix laid out for the kernels: its fuller rows as a bitmap, its emptier ones as lists of columns."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trim_export.converters import Bitmap4x64, SparseMatrix
+from trim_export.errors import UsageError
+from trim_export.runtimes.native.library import TAIL, VALUE_TYPES, address, refuse, required
+
+__all__ = ["LIST_COLUMNS", "NativeMatrix", "lay_out"]
+
+LIST_COLUMNS = 2**16
+"""Columns that a list can name; wider matrices are bitmaps throughout."""
+
+_GROUP = 4  # rows of a bitmap that stand together
+_BLOCK = 8  # rows of lists that stand together
+
+
+class _Struct(ctypes.Structure):
+    """`TrimNativeMatrix`."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("bitmap_rows", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("order_size", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("mask_size", ctypes.c_int64),
+        ("group_start", ctypes.c_void_p),
+        ("group_start_size", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("values_size", ctypes.c_int64),
+        ("list_start", ctypes.c_void_p),
+        ("list_start_size", ctypes.c_int64),
+        ("list_columns", ctypes.c_void_p),
+        ("list_columns_size", ctypes.c_int64),
+        ("list_values", ctypes.c_void_p),
+        ("list_values_size", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("scales_size", ctypes.c_int64),
+        ("value_type", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NativeMatrix:
+    """What ``trim_native.h`` calls a matrix; dtypes, shapes and places are checked here, contents by the kernels.
+
+    Attributes:
+        columns: of W; it has as many rows as ``order`` has entries.
+        order: int32 ``[rows]``, the row of W at each place of the layout.
+        counts: int32 ``[rows]``, the weights kept at each place; the kernels do without.
+        mask: int64 ``[groups, words, 4]``, the rows of the first groups as in `trim_export.converters.Bitmap4x64`.
+        group_start: int64 ``[groups + 1]``, where each group begins in the values.
+        values: ``[group_start[-1]]`` and `TAIL` more; float32, bfloat16, float16 or int8.
+        list_start: int64 ``[blocks + 1]``, where each block of eight of the other rows begins.
+        list_columns: int16 (read as unsigned) ``[list_start[-1]]``.
+        list_values: ``[list_start[-1]]`` in the dtype of ``values``.
+        scales: float32 ``[rows]`` by which the rows of int8 values are multiplied, else None.
+
+    Raises:
+        UsageError: they do not fit together.
+    """
+
+    columns: int
+    order: Tensor
+    counts: Tensor
+    mask: Tensor
+    group_start: Tensor
+    values: Tensor
+    list_start: Tensor
+    list_columns: Tensor
+    list_values: Tensor
+    scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.order.dim() != 1 or self.mask.dim() != 3 or self.columns < 1:
+            raise UsageError(
+                "the native kernel needs an order [rows], a mask [groups, words, 4] and some columns, "
+                f"not {list(self.order.shape)}, {list(self.mask.shape)} and {self.columns}"
+            )
+        rows, groups = len(self.order), len(self.mask)
+        blocks = max(-(-(rows - _GROUP * groups) // _BLOCK), 0)
+        dtype, entries = self.values.dtype, self.list_columns.numel()
+        wanted = {
+            "order": (torch.int32, (rows,)),
+            "counts": (torch.int32, (rows,)),
+            "mask": (torch.int64, (min(groups, -(-rows // _GROUP)), -(-self.columns // 64), _GROUP)),
+            "group_start": (torch.int64, (groups + 1,)),
+            "values": (dtype, (self.values.numel(),)),
+            "list_start": (torch.int64, (blocks + 1,)),
+            "list_columns": (torch.int16, (entries,)),
+            "list_values": (dtype, (entries,)),
+            "scales": (torch.float32, (rows,)),
+        }
+        for name, (want, shape) in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.dtype != want or tensor.shape != shape or not tensor.is_cpu:
+                raise UsageError(
+                    f"the native kernel needs {name} as {want} {list(shape)} on the CPU, "
+                    f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+            if not tensor.is_contiguous():
+                raise UsageError(f"the native kernel needs {name} without gaps; make it contiguous")
+        if dtype not in VALUE_TYPES or (dtype == torch.int8) != (self.scales is not None):
+            raise UsageError(
+                "the native kernel needs values in float32, bfloat16 or float16, or in int8 and then with scales, "
+                f"not {dtype} {'without' if self.scales is None else 'with'} scales"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of W."""
+        return len(self.order)
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Everything but the number of columns, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+
+    def multiply(self, inputs: Tensor, threads: int) -> Tensor:
+        """``inputs @ W.T`` summed in float32; the same bits for any number of threads.
+
+        Args:
+            inputs: float32 ``[..., columns]`` on the CPU.
+            threads: at most so many.
+
+        Returns:
+            float32 ``[..., rows]``.
+
+        Raises:
+            UsageError: inputs do not fit, or the contents of the matrix disagree.
+            EnvironmentLacks: there is no library.
+        """
+        shape, rows = inputs.shape, self.order.shape[0]
+        if inputs.dtype is not torch.float32 or not shape or shape[-1] != self.columns or not inputs.is_cpu:
+            raise UsageError(
+                f"the native kernel needs inputs as torch.float32 [..., {self.columns}] on the CPU, "
+                f"not {inputs.dtype} {list(shape)} on {inputs.device}"
+            )
+        inputs = inputs.contiguous()
+        outputs = torch.empty((*shape[:-1], rows))
+        status = required().trim_native_linear(
+            self._struct,
+            inputs.data_ptr(),
+            inputs.numel() // self.columns,
+            self.columns,
+            outputs.data_ptr(),
+            rows,
+            threads,
+        )
+        if status:
+            refuse(status, f"a matrix of {rows} x {self.columns}")
+        return outputs
+
+    def matrix(self) -> SparseMatrix:
+        """The stored weights, bit for bit; of int8 values their products with the scales, in float32."""
+        top = min(_GROUP * len(self.mask), self.rows)
+        mask = torch.zeros(self.rows, self.columns, dtype=torch.bool)
+        dense = torch.zeros(self.rows, self.columns, dtype=self.values.dtype)
+        if top:
+            values = self.values[:-TAIL]
+            parts = {
+                "weight_order": torch.arange(top, dtype=torch.int32),
+                "weight_mask": self.mask,
+                "weight_values": values.half() if self.scales is not None else values,  # holds every int8
+            }
+            upper = Bitmap4x64().decode(parts, (top, self.columns))
+            mask[:top], dense[:top] = upper.mask, upper.to_dense().to(dense.dtype)
+        place, entry = _list_entries(self.counts[top:], self.list_start)
+        column = self.list_columns[entry].long() & 0xFFFF
+        mask[top + place, column] = True
+        dense[top + place, column] = self.list_values[entry]
+        back = self.order.long().argsort()
+        mask, dense = mask[back], dense[back]
+        return SparseMatrix(mask, dense[mask] if self.scales is None else (dense * self.scales[:, None])[mask])
+
+    @functools.cached_property
+    def _struct(self) -> ctypes.Array[_Struct]:
+        rows, size = self.rows, torch.Tensor.numel
+        return (_Struct * 1)(
+            _Struct(
+                rows,
+                self.columns,
+                min(_GROUP * len(self.mask), rows),
+                address(self.order),
+                rows,
+                address(self.mask),
+                size(self.mask),
+                address(self.group_start),
+                size(self.group_start),
+                address(self.values),
+                size(self.values),
+                address(self.list_start),
+                size(self.list_start),
+                address(self.list_columns),
+                size(self.list_columns),
+                address(self.list_values),
+                size(self.list_values),
+                address(self.scales),
+                0 if self.scales is None else rows,
+                VALUE_TYPES[self.values.dtype],
+            )
+        )
+
+
+def lay_out(matrix: SparseMatrix, scales: Tensor | None, list_density: float) -> NativeMatrix:
+    """``matrix`` for the kernels; rows that keep at most ``list_density`` of their weights become lists.
+
+    Args:
+        matrix: on the CPU; of int8 values (`trim_export.converters.bitmap_4x64.quantize_rows`) with ``scales``.
+        scales: float32 ``[rows]`` or None.
+        list_density: between 0 (only empty rows) and 1 (all).
+    """
+    rows, columns = matrix.shape
+    counts = matrix.row_counts
+    order = counts.argsort(descending=True, stable=True)
+    counts = counts[order]
+    mask = matrix.mask[order]
+    values = matrix.to_dense()[order][mask]
+    fuller = rows if columns > LIST_COLUMNS else int((counts > list_density * columns).sum())
+    top = min(fuller + -fuller % _GROUP, rows)
+    split = int(counts[:top].sum())
+    words = torch.zeros(0, -(-columns // 64), _GROUP, dtype=torch.int64)
+    if top:
+        upper = Bitmap4x64().encode(SparseMatrix(mask[:top], values[:split]))
+        words, values[:split] = upper["weight_mask"], upper["weight_values"]
+    of_groups = pad(counts[:top], (0, -top % _GROUP)).reshape(-1, _GROUP).sum(dim=1)
+    list_start, list_columns, list_values = _lists(mask[top:], values[split:], counts[top:])
+    return NativeMatrix(
+        columns,
+        order.int(),
+        counts.int(),
+        words,
+        pad(of_groups.cumsum(0), (1, 0)),
+        pad(values[:split], (0, TAIL)),
+        list_start,
+        list_columns,
+        list_values,
+        scales,
+    )
+
+
+def _lists(mask: Tensor, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Starts, columns and values of rows as lists."""
+    lengths = pad(counts, (0, -len(counts) % _BLOCK)).reshape(-1, _BLOCK)
+    steps = lengths.amax(dim=1) if len(lengths) else lengths.sum(dim=1)
+    steps = steps + steps % 2
+    start = pad((steps * _BLOCK).cumsum(0), (1, 0))
+    _, entry = _list_entries(counts, start)
+    column = mask.nonzero()[:, 1]
+    last = torch.zeros(lengths.numel(), dtype=torch.int64)
+    last[: len(counts)][counts > 0] = column[(counts.cumsum(0) - 1)[counts > 0]]
+    filled = last.reshape(-1, _BLOCK).repeat_interleave(steps, dim=0).reshape(-1)
+    filled[entry] = column
+    spread = values.new_zeros(filled.numel())
+    spread[entry] = values
+    return start, filled.to(torch.int16), spread
+
+
+def _list_entries(counts: Tensor, list_start: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each weight in lists, row by row: the place of its row among them, and where it stands."""
+    lengths = counts.long()
+    place = torch.arange(len(lengths)).repeat_interleave(lengths)
+    step = torch.arange(len(place)) - (lengths.cumsum(0) - lengths)[place]
+    return place, list_start[place // _BLOCK] + step * _BLOCK + place % _BLOCK

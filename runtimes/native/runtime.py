@@ -1,0 +1,42 @@
+"""The native engine as a runtime."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trim_export.converters import SparseMatrix
+from trim_export.runtimes.linear import Layout
+from trim_export.runtimes.native.dense import DenseLinear
+from trim_export.runtimes.native.fused import fuse
+from trim_export.runtimes.native.library import library
+from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear
+from trim_export.runtimes.native.policy import hardly_sparse
+
+__all__ = ["NativeRuntime"]
+
+
+class NativeRuntime:
+    """Our own CPU kernels; a matrix that is hardly sparse stays dense."""
+
+    name = "native"
+    devices = ("cpu",)
+
+    def unavailable(self) -> str | None:
+        """Needs the compiled library."""
+        if library() is None:
+            return "its library is not installed; install a C++ compiler (GCC or Clang) and then trim-export again"
+        return None
+
+    def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
+        """A `NativeLinear`, or a `MaskedLinear` if hardly sparse."""
+        rows, columns = matrix.shape
+        if hardly_sparse(1 - matrix.nnz / (rows * columns), matrix.values.dtype):
+            return MaskedLinear(matrix, bias, layout)
+        return NativeLinear(matrix, bias, layout)
+
+    def finish(self, model: nn.Module) -> None:
+        """What takes the whole model: siblings in one product, and our kernel for a dense layer's single tokens."""
+        fuse(model)
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear:
+                model.set_submodule(name, DenseLinear(module))

@@ -1,0 +1,60 @@
+"""Random native layers, and the instruction sets they can be tested on."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from strategies import DTYPES
+from torch import Tensor
+
+from trim_export.converters import SparseMatrix
+from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.errors import EnvironmentLacks
+from trim_export.runtimes import Layout
+from trim_export.runtimes.native import NativeLinear, NativeMatrix, lay_out
+from trim_export.runtimes.native.library import isa, library, select_isa
+
+__all__ = ["CPU", "STORED", "available", "laid_out", "layer", "needs_library", "random_matrix"]
+
+needs_library = pytest.mark.skipif(library() is None, reason="installed without the library")
+CPU = Layout(torch.device("cpu"))
+STORED = (*DTYPES, torch.int8)
+
+
+def available() -> list[str]:
+    if library() is None:
+        return []
+    names, before = [], isa()
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            select_isa(name)
+        except EnvironmentLacks:
+            continue
+        names.append(name)
+    select_isa(before)
+    return names
+
+
+def random_matrix(rows: int, columns: int, density: float = 0.3, seed: int = 0) -> SparseMatrix:
+    """Rows of very different density."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, columns, generator=generator) < density * 2 * torch.rand(rows, 1, generator=generator)
+    return SparseMatrix(mask, torch.randn(int(mask.sum()), generator=generator))
+
+
+def laid_out(matrix: SparseMatrix, stored: torch.dtype, lists: float) -> NativeMatrix:
+    """Rows of at most ``lists`` as lists: with 0 only empty ones, with 1 all."""
+    if stored == torch.int8:
+        return lay_out(*quantize_rows(matrix), lists)
+    return lay_out(SparseMatrix(matrix.mask, matrix.values.to(stored)), None, lists)
+
+
+def layer(matrix: SparseMatrix, stored: torch.dtype = torch.float32, bias: Tensor | None = None) -> NativeLinear:
+    """Made as a runtime makes it, with some rows in either form."""
+    with mock.patch("trim_export.runtimes.native.linear.list_density", return_value=0.3):
+        if stored == torch.int8:
+            quantized, scales = quantize_rows(matrix)
+            return NativeLinear(quantized, bias, CPU, scales)
+        return NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(stored)), bias, CPU)
