@@ -75,8 +75,8 @@ def replay(dense: DenseModel, record: dict[str, Any]) -> DenseModel:
     """
     if "blocks" not in record["removed"]:
         raise ModelError(
-            f"{dense.source}: what {record['method']} removed cannot be repeated from the manifest; prune in two steps, "
-            "first with --structured alone, and give the model in between"
+            f"{dense.source}: what {record['method']} removed cannot be repeated from the manifest; prune in two "
+            "steps, first with --structured alone, and give the model in between"
         )
     remove_blocks(dense.model, record["removed"]["blocks"])
     return dataclasses.replace(dense, structured=record)
