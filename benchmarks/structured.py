@@ -3,8 +3,8 @@
     python -m benchmarks.structured --calibration wikitext2_valid.txt --data wikitext2_test.txt
 
 Every method removes a fifth of the parameters; FLAP, which can, removes exactly as many as the others do in whole
-blocks. Random removal is drawn five times. Then PIP's first tenth is removed and the rest pruned at 70 % (TRIM's rows
-and a refit), against the same pruning alone at the sparsity that leaves as many weights. Perplexity on the first 8
+blocks. Random removal is drawn five times. Then PIP's first tenth is removed and the rest pruned at 70 % (recipe fast
+with TRIM's rows), against the same pruning alone at the sparsity that leaves as many weights. Perplexity on the first 8
 windows of 1024 tokens.
 """
 
