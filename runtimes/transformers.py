@@ -28,7 +28,7 @@ from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, choose, first_line
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
-from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
+from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, fuse, quantize_head
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 
 __all__ = [
@@ -239,9 +239,10 @@ class TrimSparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         runtime = None
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, _StoredLinear):
-                continue
+        # Names only: what is stored of a module is to be freed when a layer takes its place, not when all have.
+        for name in [name for name, module in model.named_modules() if isinstance(module, _StoredLinear)]:
+            module = model.get_submodule(name)
+            assert isinstance(module, _StoredLinear)
             device = next(module.parameters()).device
             if device.type == "meta":
                 raise EnvironmentLacks(f"{name}: sparse layers cannot be offloaded; load the model to one device")
@@ -252,6 +253,8 @@ class TrimSparseQuantizer(HfQuantizer):
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
+            if isinstance(runtime, NativeRuntime):
+                fuse(model.get_submodule(name.rpartition(".")[0]))
         if isinstance(runtime, NativeRuntime):
             runtime.finish(model)
         if isinstance(runtime, DenseRuntime):

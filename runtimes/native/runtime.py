@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from trim_export.converters import SparseMatrix
 from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native.dense import DenseLinear
-from trim_export.runtimes.native.fused import fuse
 from trim_export.runtimes.native.library import library
 from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear
 from trim_export.runtimes.native.policy import hardly_sparse
@@ -35,8 +34,7 @@ class NativeRuntime:
         return NativeLinear(matrix, bias, layout)
 
     def finish(self, model: nn.Module) -> None:
-        """What takes the whole model: siblings in one product, and our kernel for a dense layer's single tokens."""
-        fuse(model)
+        """Our kernel for the single tokens of layers that stayed dense."""
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear:
                 model.set_submodule(name, DenseLinear(module))
