@@ -25,7 +25,7 @@ class DenseRuntime:
         """An `nn.Linear` with exact zeros where the weight was pruned."""
         return dense_linear(matrix, bias).to(layout.device)
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, module: nn.Module) -> None:
         """Nothing."""
 
 

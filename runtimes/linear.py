@@ -72,8 +72,12 @@ class Runtime(Protocol):
         """A layer that executes ``matrix``, which came out of a decoder and is therefore valid."""
         ...
 
-    def finish(self, model: nn.Module) -> None:
-        """What takes the whole model once every layer is there, such as joining layers that share their input."""
+    def finish(self, module: nn.Module) -> None:
+        """What takes more than one layer, such as joining those that share their input; nothing is done twice.
+
+        Called with the parent of each layer as soon as the layer stands, so that little is held double, and with the
+        whole model at the end.
+        """
         ...
 
 

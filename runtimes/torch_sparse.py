@@ -43,7 +43,7 @@ class TorchSparseRuntime:
             )
         return TorchSparseLinear(matrix, bias, layout)
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, module: nn.Module) -> None:
         """Nothing."""
 
 

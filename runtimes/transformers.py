@@ -308,9 +308,10 @@ class TrimSparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         runtime = None
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, _StoredLinear):
-                continue
+        # Names only: what is stored of a module is to be freed when a layer takes its place, not when all have.
+        for name in [name for name, module in model.named_modules() if isinstance(module, _StoredLinear)]:
+            module = model.get_submodule(name)
+            assert isinstance(module, _StoredLinear)
             device = next(module.parameters()).device
             if device.type == "meta":
                 raise EnvironmentLacks(f"{name}: sparse layers cannot be offloaded; load the model to one device")
@@ -321,6 +322,7 @@ class TrimSparseQuantizer(HfQuantizer):
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
+            runtime.finish(model.get_submodule(name.rpartition(".")[0]))
         if runtime is not None:
             runtime.finish(model)
         if isinstance(runtime, DenseRuntime):

@@ -34,9 +34,9 @@ class NativeRuntime:
             return MaskedLinear(matrix, bias, layout)
         return NativeLinear(matrix, bias, layout)
 
-    def finish(self, model: nn.Module) -> None:
-        """What takes the whole model: siblings in one product, and our kernel for a dense layer's single tokens."""
-        fuse(model)
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                model.set_submodule(name, DenseLinear(module))
+    def finish(self, module: nn.Module) -> None:
+        """Siblings in one product, and our kernel for the single tokens of layers that stayed dense."""
+        fuse(module)
+        for name, part in list(module.named_modules()):
+            if type(part) is nn.Linear:
+                module.set_submodule(name, DenseLinear(part))

@@ -54,9 +54,9 @@ class TritonRuntime:
             return MaskedLinear(matrix, bias, layout).to(layout.device)
         return TritonLinear(PackedRows.pack(matrix, layout.device), 0, bias, layout)
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, module: nn.Module) -> None:
         """Join the linears that one launch can serve (`join_siblings`)."""
-        join_siblings(model)
+        join_siblings(module)
 
 
 class PackedRows(nn.Module):
@@ -173,7 +173,8 @@ def join_siblings(model: nn.Module) -> None:
         for names in SIBLINGS:
             found = [layer for name in names if isinstance(layer := getattr(module, name, None), TritonLinear)]
             kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.gaps is None) for layer in found}
-            if len(found) < len(names) or len(kinds) > 1:
+            joined = len({layer.packed for layer in found}) < len(found)
+            if joined or len(found) < len(names) or len(kinds) > 1:
                 continue
             packed = PackedRows.stack([layer.packed for layer in found])
             for member, layer in enumerate(found):
