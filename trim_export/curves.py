@@ -8,6 +8,7 @@ from ``<y_i, yhat_i(k)>``, ``|yhat_i(k)|^2`` and ``|y_i|^2``: a search becomes a
 
 import ctypes
 import functools
+import logging
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from trim_export.shared_library import load_library
 
 __all__ = ["Curves", "curves", "native_available"]
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_ELEMENTS = 1 << 24  # float32 values of one temporary of the portable code: 64 MiB
 _NATIVE_CHUNK = 32  # samples that the library takes at a time
@@ -128,12 +131,26 @@ def _native_curves(
 
 
 def _portable_curves(weight: Tensor, order: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    elements = _CHUNK_ELEMENTS
+    while True:
+        try:
+            return _chunked_curves(weight, order, inputs, outputs, elements)
+        except torch.OutOfMemoryError:
+            if elements <= weight.shape[1]:  # not even one sample of one row fits
+                raise
+        elements //= 2
+        logger.warning("%s is out of memory: trying again with chunks of %d values", weight.device, elements)
+
+
+def _chunked_curves(
+    weight: Tensor, order: Tensor, inputs: Tensor, outputs: Tensor, elements: int
+) -> tuple[Tensor, Tensor]:
     # The partial outputs [rows, columns, samples] of all steps are the one large thing: they exist for a block of rows
     # and, if a single row is already too long, a block of samples at a time.
     rows, columns = weight.shape
     samples = inputs.shape[1]
-    width = min(samples, math.ceil(_CHUNK_ELEMENTS / columns))
-    height = max(1, _CHUNK_ELEMENTS // (columns * width))
+    width = min(samples, math.ceil(elements / columns))
+    height = max(1, elements // (columns * width))
     numerator = weight.new_zeros(rows, columns + 1)
     norm2 = torch.zeros_like(numerator)
     for top in range(0, rows, height):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -162,3 +163,37 @@ def test_a_library_that_does_not_load_is_reported(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("trim_export.__path__", [str(tmp_path)])
     with pytest.warns(RuntimeWarning, match="does not load"):
         assert module._library.__wrapped__() is None
+
+
+def test_out_of_memory_halves_the_chunk_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    weight, order, inputs = problem(5, 40, 6, 0)
+    whole, tried = module._chunked_curves, []
+
+    def scarce(*arguments: Any) -> tuple[Tensor, Tensor]:
+        tried.append(arguments[-1])
+        if arguments[-1] > 100:
+            raise torch.OutOfMemoryError("too large")
+        return whole(*arguments)
+
+    with only("portable"):
+        expected = curves(weight, order, inputs)
+        with mock.patch.object(module, "_chunked_curves", scarce):
+            found = curves(weight, order, inputs)
+    for one, other in ((found.numerator, expected.numerator), (found.norm2, expected.norm2)):
+        # The same sums in another order.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    assert tried == [2**24 >> halvings for halvings in range(len(tried))]
+    assert tried[-1] <= 100 < tried[-2]
+    assert f"cpu is out of memory: trying again with chunks of {tried[-1]} values" in caplog.text
+
+
+def test_out_of_memory_for_a_single_sample_is_passed_on() -> None:
+    def never(*arguments: Any) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("too large")
+
+    with (
+        only("portable"),
+        mock.patch.object(module, "_chunked_curves", never),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        curves(*problem(5, 40, 6, 0))
