@@ -21,10 +21,12 @@ from trim_export.models import decoder_blocks, projections
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
+from trim_export.updates.admm import Admm
 
 __all__ = ["Plan", "predict"]
 
-PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": 32, "fista": 80}
+ADMM = Admm()
+PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": ADMM.iterations + ADMM.polish + 2, "fista": 80}
 """About how many products rows x columns x columns each weight update makes for a matrix."""
 
 FORWARD = 1.3
