@@ -203,19 +203,19 @@ def _working_bytes(shapes: _Shapes, dtype: torch.dtype, recipe: Recipe) -> int:
 def _multiplication_rate(compute: Compute, dtype: torch.dtype) -> float:
     """Operations per second of matrix products like those of pruning, once nothing else needs the machine.
 
-    On a processor the best of many short products on one thread counts, times the threads: a product that takes a few
-    milliseconds is seldom interrupted, so a machine that is busy now is not taken for a slow one.
+    On a processor the best of many short products on one thread counts, times the threads: a product that takes a
+    millisecond or two is seldom interrupted, so a machine that is a little busy now is not taken for a slow one.
     """
     dtype = torch.bfloat16 if compute.autocast else dtype
     on_host = compute.device.type == "cpu"
-    rows, columns = (512, 576) if on_host else (4096, 4096)
+    rows, columns = (128, 576) if on_host else (4096, 4096)
     left = torch.randn(rows, columns, device=compute.device).to(dtype)
     right = torch.randn(columns, columns, device=compute.device).to(dtype)
     threads = torch.get_num_threads()
     try:
         if on_host:
             torch.set_num_threads(1)
-        best, end = float("inf"), time.perf_counter() + 0.5
+        best, end = float("inf"), time.perf_counter() + 1.0
         while time.perf_counter() < end:
             begin = time.perf_counter()
             product = left @ right
