@@ -21,10 +21,12 @@ from trim_export.models import decoder_blocks, projections
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
+from trim_export.updates.admm import Admm
 
 __all__ = ["Plan", "predict"]
 
-PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": 32, "fista": 80}
+ADMM = Admm()
+PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": ADMM.iterations + ADMM.polish + 2, "fista": 80}
 """About how many products rows x columns x columns each weight update makes for a matrix."""
 
 FORWARD = 1.3
@@ -201,19 +203,19 @@ def _working_bytes(shapes: _Shapes, dtype: torch.dtype, recipe: Recipe) -> int:
 def _multiplication_rate(compute: Compute, dtype: torch.dtype) -> float:
     """Operations per second of matrix products like those of pruning, once nothing else needs the machine.
 
-    On a processor the best of many short products on one thread counts, times the threads: a product that takes a few
-    milliseconds is seldom interrupted, so a machine that is busy now is not taken for a slow one.
+    On a processor the best of many short products on one thread counts, times the threads: a product that takes a
+    millisecond or two is seldom interrupted, so a machine that is a little busy now is not taken for a slow one.
     """
     dtype = torch.bfloat16 if compute.autocast else dtype
     on_host = compute.device.type == "cpu"
-    rows, columns = (512, 576) if on_host else (4096, 4096)
+    rows, columns = (128, 576) if on_host else (4096, 4096)
     left = torch.randn(rows, columns, device=compute.device).to(dtype)
     right = torch.randn(columns, columns, device=compute.device).to(dtype)
     threads = torch.get_num_threads()
     try:
         if on_host:
             torch.set_num_threads(1)
-        best, end = float("inf"), time.perf_counter() + 0.5
+        best, end = float("inf"), time.perf_counter() + 1.0
         while time.perf_counter() < end:
             begin = time.perf_counter()
             product = left @ right

@@ -21,7 +21,7 @@ import torch
 from trim_export.converters import Bitmap4x64, SparseMatrix
 from trim_export.converters.bitmap_4x64 import quantize_rows
 
-CASES = int(os.environ.get("TRIM_SANITIZED_CASES", "3000"))
+CASES = int(os.environ.get("TRIM_SANITIZED_CASES", "1500"))
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "runtimes" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
