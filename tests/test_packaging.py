@@ -64,7 +64,7 @@ def expected(checkout: Path, *, library: bool) -> list[str]:
             names += [
                 f"{target}/{Path(folder, file).relative_to(checkout / source).as_posix()}"
                 for file in files
-                if file.endswith((".py", ".typed"))
+                if file.endswith((".py", ".typed", ".html"))
             ]
     return sorted(names)
 

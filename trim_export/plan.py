@@ -21,12 +21,13 @@ from trim_export.models import decoder_blocks, projections
 from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS
 from trim_export.scores import SCORES
-from trim_export.updates.admm import Admm
+from trim_export.updates import UPDATES, Admm
 
 __all__ = ["Plan", "predict"]
 
-ADMM = Admm()
-PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "admm": ADMM.iterations + ADMM.polish + 2, "fista": 80}
+PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "fista": 80} | {
+    name: update.iterations + update.polish + 2 for name, update in UPDATES.items() if isinstance(update, Admm)
+}
 """About how many products rows x columns x columns each weight update makes for a matrix."""
 
 FORWARD = 1.3

@@ -74,7 +74,7 @@ class Recipe:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {"layers": Owl(), "rows": "matrix"},
-    "fast": {"layers": Owl(), "rows": "matrix", "samples": 16},
+    "fast": {"layers": Owl(), "rows": "matrix", "update": "admm-10", "samples": 16},
     "paper": {"rows": "trim", "update": "none", "counts": "paper", "context_length": 0},
 }
 """Named starting points; an option given on the command line replaces the recipe's value."""

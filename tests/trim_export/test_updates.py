@@ -99,7 +99,7 @@ def assert_keeps_budget(result: Update, support: Support) -> None:
 
 
 def test_each_update_is_registered_under_its_name() -> None:
-    assert list(UPDATES) == ["none", "refit", "sparsegpt", "admm", "fista"]
+    assert list(UPDATES) == ["none", "refit", "sparsegpt", "admm", "admm-10", "fista"]
     assert all(name == update.name for name, update in UPDATES.items())
 
 
@@ -295,7 +295,7 @@ def test_admm_with_no_selections_keeps_the_mask() -> None:
     support = case.support(0.5, True)
     assert torch.equal(Admm(selections=0)(case.symmetric, support).mask, support.mask)
     with pytest.raises(ValueError, match="do not fit"):
-        Admm(iterations=7)
+        Admm(iterations=10)
 
 
 # ---- degenerate inputs -----------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def prune(
     rows: Annotated[
         str | None, typer.Option(help="Row budget: trim, uniform, matrix, lagrangian, anticipating (the update).")
     ] = None,
-    update: Annotated[str | None, typer.Option(help="Weight update: none, refit, admm, sparsegpt, fista.")] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Weight update: none, refit, admm, admm-10 (10 iterations), sparsegpt, fista.")
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="What an update fits to: own, dense, residual (makes up for earlier losses).")
     ] = None,

@@ -21,6 +21,8 @@ __all__ = [
     "masked_cg",
 ]
 
+ADMM_10 = Admm(iterations=10, selections=8, polish=4, name="admm-10")
+
 UPDATES: dict[str, WeightUpdate] = {
-    update.name: update for update in (Unchanged(), Refit(), SparseGpt(), Admm(), Fista())
+    update.name: update for update in (Unchanged(), Refit(), SparseGpt(), Admm(), ADMM_10, Fista())
 }

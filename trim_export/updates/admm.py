@@ -35,7 +35,8 @@ class Admm:
     Time: one inverse, ``iterations + polish + 2`` products rows x columns x columns, and selections that add about a
     fifth. Memory: ten matrices of the weight's size and four of the Gram's.
 
-    Twice as many iterations of each kind made no difference on held-out text (SmolLM2's first blocks at 80 %).
+    Half as many iterations of each kind (``admm-10``) take half the time. On the first 8 blocks of SmolLM2-135M at 80 %
+    that made no difference on held-out text; after all 30 its perplexity was 67.4 instead of 63.7.
 
     Attributes:
         iterations: of ADMM.
@@ -44,10 +45,10 @@ class Admm:
         polish: closing iterations of conjugate gradients.
     """
 
-    iterations: int = 10
-    selections: int = 8
+    iterations: int = 20
+    selections: int = 15
     damp: float = 0.3
-    polish: int = 4
+    polish: int = 10
     name: str = "admm"
 
     def __post_init__(self) -> None:

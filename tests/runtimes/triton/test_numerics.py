@@ -22,7 +22,7 @@ def run_cases(device: str, **environment: str) -> dict[str, float]:
         [sys.executable, str(CASES), device],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
