@@ -1,8 +1,9 @@
 // Reads damaged matrices from a file and hands each to the engine as it is, in arrays of exactly their size. Built with
 // sanitizers, so that any access outside of them ends it. Prints how many the engine took and how many it refused.
 //
-// A case is ten int64 (rows, columns, type, tokens, threads, bytes of five arrays), then the arrays: order, mask, group
-// starts, values, scales. Sizes that the engine is told are those of the arrays, in elements.
+// A case is fourteen int64 (rows, columns, rows of the bitmap, type, tokens, threads, bytes of eight arrays), then the
+// arrays: order, mask, group starts, values, list starts, list columns, list values, scales. Sizes that the engine is told
+// are those of the arrays, in elements.
 
 #include <cstdint>
 #include <cstdio>
@@ -29,20 +30,27 @@ int main(int count, char** words) {
     std::FILE* file = count == 3 ? std::fopen(words[1], "rb") : nullptr;
     if (file == nullptr || trim_native_select_isa(words[2]) != TRIM_NATIVE_OK) return 2;
     long taken = 0, refused = 0;
-    std::int64_t head[10];
-    while (std::fread(head, sizeof head[0], 10, file) == 10) {
-        const std::int64_t rows = head[0], columns = head[1], tokens = head[3];
-        const auto order = read_array<std::int32_t>(file, head[5]);
-        const auto mask = read_array<std::uint64_t>(file, head[6]);
-        const auto starts = read_array<std::int64_t>(file, head[7]);
-        const auto values = read_array<std::uint8_t>(file, head[8]);  // new aligns it for any type
-        const auto scales = read_array<float>(file, head[9]);
+    std::int64_t head[14];
+    while (std::fread(head, sizeof head[0], 14, file) == 14) {
+        const std::int64_t rows = head[0], columns = head[1], tokens = head[4];
+        const std::int64_t* sizes = head + 6;
+        const auto order = read_array<std::int32_t>(file, sizes[0]);
+        const auto mask = read_array<std::uint64_t>(file, sizes[1]);
+        const auto starts = read_array<std::int64_t>(file, sizes[2]);
+        const auto values = read_array<std::uint8_t>(file, sizes[3]);  // new aligns it for any type
+        const auto list_starts = read_array<std::int64_t>(file, sizes[4]);
+        const auto list_columns = read_array<std::uint16_t>(file, sizes[5]);
+        const auto list_values = read_array<std::uint8_t>(file, sizes[6]);
+        const auto scales = read_array<float>(file, sizes[7]);
         const std::int64_t bytes[] = {4, 2, 2, 1};
-        const bool known = head[2] >= 0 && head[2] < 4;
-        const TrimNativeMatrix matrix = {rows, columns, order.get(), head[5] / 4, mask.get(), head[6] / 8, starts.get(),
-                                         head[7] / 8, values.get(), head[8] / (known ? bytes[head[2]] : 1),
-                                         head[9] ? scales.get() : nullptr, head[9] / 4,
-                                         static_cast<std::int32_t>(head[2])};
+        const std::int64_t width = head[3] >= 0 && head[3] < 4 ? bytes[head[3]] : 1;
+        const TrimNativeMatrix matrix = {rows, columns, head[2],
+                                         order.get(), sizes[0] / 4, mask.get(), sizes[1] / 8,
+                                         starts.get(), sizes[2] / 8, values.get(), sizes[3] / width,
+                                         list_starts.get(), sizes[4] / 8, list_columns.get(), sizes[5] / 2,
+                                         list_values.get(), sizes[6] / width,
+                                         sizes[7] ? scales.get() : nullptr, sizes[7] / 4,
+                                         static_cast<std::int32_t>(head[3])};
         // A caller's own arrays are as large as it says they are; only matrices come from files.
         const bool sane = rows > 0 && columns > 0 && rows < 4096 && columns < 4096;
         std::vector<float> x(sane ? static_cast<std::size_t>(tokens * columns) : 1, 0.5f);
@@ -50,7 +58,7 @@ int main(int count, char** words) {
         if (!sane) x.clear(), y.clear();
         const std::int32_t status =
             trim_native_linear(&matrix, x.data(), sane ? tokens : 0, columns, y.data(), rows,
-                               static_cast<std::int32_t>(head[4]));
+                               static_cast<std::int32_t>(head[5]));
         ++(status == TRIM_NATIVE_OK ? taken : refused);
     }
     std::fclose(file);

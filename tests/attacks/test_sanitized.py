@@ -14,12 +14,12 @@ import struct
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from trim_export.converters import Bitmap4x64, SparseMatrix
+from trim_export.converters import SparseMatrix
 from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.runtimes.native import lay_out
 
 CASES = int(os.environ.get("TRIM_SANITIZED_CASES", "1500"))
 HERE = Path(__file__).parent
@@ -28,8 +28,12 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ENGINE}", *SANITIZERS)
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
-TAIL = 64
 
+ARRAYS = ("order", "mask", "group_start", "values", "list_start", "list_columns", "list_values", "scales")
+ELEMENTS = (4, 8, 8, 1, 8, 2, 1, 4)
+"""Bytes that an array is made of; those of values depend on the case."""
+WIDTHS = (4, 8, 8, 8, 8, 2, 8, 4)
+"""Bytes that are damaged at a time."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 EXTREMES = (0, 1, -1, 2**31 - 1, -(2**31), 2**62, -(2**62))
 
@@ -82,26 +86,25 @@ def sound_case(chance: random.Random) -> tuple[list[int], list[bytes]]:
     matrix, scales = SparseMatrix(mask, weight[mask].to(TYPES[kind] if kind < 3 else torch.float32)), None
     if kind == 3:
         matrix, scales = quantize_rows(matrix)
-    parts = Bitmap4x64().encode(matrix)
-    counts = torch.zeros(-(-rows // 4) * 4, dtype=torch.int64)
-    counts[:rows] = matrix.row_counts[parts["weight_order"].long()]
-    starts = np.concatenate([[0], counts.reshape(-1, 4).sum(dim=1).cumsum(0).numpy()]).astype(np.int64)
-    values = parts["weight_values"].view(torch.uint8).numpy().tobytes()
-    values += b"\xff" * TAIL * TYPES[kind].itemsize
-    arrays = [parts["weight_order"].numpy().tobytes(), parts["weight_mask"].numpy().tobytes(), starts.tobytes(), values]
-    arrays.append(b"" if scales is None else scales.numpy().tobytes())
-    return [rows, columns, kind, chance.choice([1, 2, 5, 40]), chance.choice([1, 2, 3])], arrays
+    laid = lay_out(matrix, scales, chance.choice([0.0, 0.15, 1.0]))
+    arrays = [_bytes(getattr(laid, name)) for name in ARRAYS]
+    numbers = [rows, columns, min(4 * len(laid.mask), rows), kind, chance.choice([1, 2, 5, 40])]
+    return [*numbers, chance.choice([1, 2, 3])], arrays
+
+
+def _bytes(tensor: torch.Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def damaged(chance: random.Random, numbers: list[int], arrays: list[bytes]) -> None:
     """One change, of a number or of an array."""
     if chance.random() < 0.15:
-        place = chance.choice([0, 1, 2, 4])
+        place = chance.choice([0, 1, 2, 3, 5])
         numbers[place] = chance.choice([*EXTREMES, numbers[place] + 1, numbers[place] - 1])
         return
-    place = chance.choice([0, 1, 1, 2, 2, 3, 4])
+    place = chance.choice([0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7])
     data = bytearray(arrays[place])
-    width = (4, 8, 8, 8, 4)[place]
+    width = WIDTHS[place]
     how = chance.choice(["flip", "extreme", "shift", "shorter", "longer", "shuffled"])
     if how == "flip" and data:
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -124,8 +127,8 @@ def damaged(chance: random.Random, numbers: list[int], arrays: list[bytes]) -> N
 
 
 def written(number: list[int], arrays: list[bytes]) -> bytes:
-    whole = [data + bytes(-len(data) % size) for data, size in zip(arrays, (4, 8, 8, 1, 4), strict=True)]
-    return struct.pack("<10q", *number, *map(len, whole)) + b"".join(whole)
+    whole = [data + bytes(-len(data) % size) for data, size in zip(arrays, ELEMENTS, strict=True)]
+    return struct.pack("<14q", *number, *map(len, whole)) + b"".join(whole)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])

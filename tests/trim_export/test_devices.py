@@ -47,6 +47,7 @@ class NamedDevices(TorchFunctionMode):
 HOST = {
     "row_budgets.py:anticipating",  # levels, which become Python numbers at once
     "lagrangian.py:allocate",  # scipy's regression, from errors brought to the host
+    "format.py:guard",  # an empty tensor that goes to a file
     "packing.py:pack_windows",  # positions of tokens, which are in the host's memory
 }
 """Places that work on the host on purpose, whatever the device."""

@@ -16,6 +16,8 @@ from trim_export.cli.common import app, err, out
 from trim_export.cli import prune, recover, artifact, measure, evaluate, generate  # isort: skip  # noqa: F401
 from trim_export.errors import TrimExportError
 
+INTERRUPTED = 130
+"""By which typer ends, without a word, when a command is interrupted."""
 OUT_OF_MEMORY = "out of memory; free some, then an unfinished run continues with --resume"
 
 debug = False
@@ -28,8 +30,10 @@ def main() -> None:
         app()
     except TrimExportError as error:
         _fail(str(error), error.exit_code, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted; an unfinished run continues with --resume", 130, error)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
+        _fail("interrupted; an unfinished run continues with --resume", INTERRUPTED, error)
     except MemoryError as error:
         _fail(OUT_OF_MEMORY, 3, error)
     except OSError as error:
