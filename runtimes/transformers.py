@@ -77,6 +77,7 @@ def load(
     runtime: str = "auto",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    *,
     check_hashes: bool = False,
     lm_head: str = "stored",
 ) -> PreTrainedModel:

@@ -131,9 +131,13 @@ def test_bench_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], t
     run(
         *("bench", artifact[0], "--batch", 1, "--batch", 2, "--prompt", 8, "--generate", 3, "--repeats", 1),
         *("--threads", 1, "--json", tmp_path / "b.json"),
+        *(("--lm-head", "int8") if "native" in available_runtimes() else ()),
     )
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["machine"]["threads"] == 1
+    if "native" in available_runtimes():
+        held = {row["runtime"]: row["weight_bytes"] for row in result["rows"]}
+        assert held["native, int8 head"] < held["native"]
     cells = {(row["runtime"], row["dtype"], row["phase"], row["batch"]) for row in result["rows"]}
     assert ("torch-sparse", "float32", "decode", 2) in cells
     assert ("dense", "bfloat16", "prefill", 1) in cells

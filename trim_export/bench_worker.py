@@ -28,7 +28,7 @@ def main(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()
     dtype, device = DTYPES[settings["dtype"]], settings["device"]
-    model = load(settings["directory"], settings["runtime"], dtype, device, settings["lm_head"])
+    model = load(settings["directory"], settings["runtime"], dtype, device, lm_head=settings["lm_head"])
     load_s = time.perf_counter() - begin
     _answer({})
     for line in sys.stdin:
