@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trim_export.allocation import LEAST_TOKENS
 from trim_export.forward import TOKENS_PER_BATCH, Compute
 from trim_export.layer_budgets import Auto, split_sequences
 from trim_export.models import decoder_blocks, projections
@@ -30,17 +31,20 @@ PRODUCTS = {"none": 0, "refit": 12, "sparsegpt": 4, "fista": 80} | {
 }
 """About how many products rows x columns x columns each weight update makes for a matrix."""
 
-FORWARD = 1.3
+FORWARD = 1.35
 """Time of a decoder block's forward pass in that of its matrix products; the rest is attention and norms."""
 
-UPDATE_PASSES = 1.4
-"""Passes that an update adds: the dense stream, and parts of the block again for each group of layers."""
+UPDATE_PASSES = 0.15
+"""Passes that an update adds to the dense and the pruned one: parts of the block again for each group of layers."""
+
+UPDATE_OPERATIONS = 3.5e4
+"""Work of an update for each weight beside its products: inverses, selections, sums (from measured runs of SmolLM2)."""
 
 UPDATE_COPIES = 1.8
 """How often an update holds each of a block's inputs and both streams (from two measured peaks of SmolLM2)."""
 
-GRAM_PRODUCTS = 2.0
-"""Products tokens x columns x columns for each distinct input of a block: its Gram matrix and that with the dense."""
+GRAM_PRODUCTS = 1.3
+"""Products tokens x columns x columns for each distinct input of a block: half its Gram matrix, and the target."""
 
 BACKWARD_PASSES = 3.0
 """A backward pass with its forward pass, in forward passes."""
@@ -53,6 +57,9 @@ PROCESS_BYTES = 700_000_000
 
 THREAD_YIELD = 0.95
 """Speed that each thread of the processor adds to a matrix product, in that of one thread alone."""
+
+LARGE_PRODUCTS = 0.7
+"""Speed of products that no cache holds, in that of the short ones of the probe (107 and 155 G/s on two cores)."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,9 @@ def _operations(shapes: _Shapes, recipe: Recipe) -> float:
     if SCORES[recipe.score].needs_gradients:
         operations += BACKWARD_PASSES * _model_pass(shapes, tokens)
     if recipe.layers.needs_inputs:
-        operations += _block_pass(shapes, tokens)
+        operations += _block_pass(
+            shapes, tokens if recipe.counts == "paper" else max(tokens // 4, min(tokens, LEAST_TOKENS))
+        )
     if isinstance(recipe.layers, Auto):
         sequence = max(recipe.sequence_length, recipe.context_length)
         trial, held_out = split_sequences(max(tokens // sequence, 8))
@@ -165,7 +174,7 @@ def _sweep(shapes: _Shapes, recipe: Recipe, tokens: int) -> float:
     if ROW_BUDGETS[recipe.rows].capped:  # those that search
         operations += SEARCH_OPERATIONS * shapes.prunable
     if recipe.update != "none":
-        operations += UPDATE_PASSES * _block_pass(shapes, tokens)
+        operations += UPDATE_PASSES * _block_pass(shapes, tokens) + UPDATE_OPERATIONS * shapes.prunable
         operations += shapes.blocks * sum(GRAM_PRODUCTS * 2 * tokens * width**2 for width in shapes.inputs)
         operations += PRODUCTS[recipe.update] * sum(2.0 * rows * columns**2 for rows, columns in shapes.matrices)
     return operations
@@ -226,4 +235,4 @@ def _multiplication_rate(compute: Compute, dtype: torch.dtype) -> float:
     finally:
         torch.set_num_threads(threads)
     alone = 2 * rows * columns**2 / best
-    return alone * (1 + THREAD_YIELD * (threads - 1)) if on_host else alone
+    return LARGE_PRODUCTS * alone * (1 + THREAD_YIELD * (threads - 1)) if on_host else alone
