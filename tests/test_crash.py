@@ -162,7 +162,7 @@ def test_interrupted_by_the_user(share: float, commands: list[Command], tmp_path
     assert hashes(out) == command.result
 
 
-@pytest.mark.parametrize("megabytes", [48, 64])
+@pytest.mark.parametrize("megabytes", [32, 40])
 def test_out_of_memory(megabytes: int, model: Path, tmp_path: Path) -> None:
     text = ["--calibration", str(model.parent / "text.txt"), "--samples", "200", "--sequence-length", "64"]
     words = ["prune", "--model", str(model), "--sparsity", "0.6", "--update", "refit", "--resume", *text, "-o"]

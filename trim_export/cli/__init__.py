@@ -47,8 +47,13 @@ def main() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether torch says so, which has an exception of its own for a GPU and none for the host."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether torch says so, which has an exception of its own for a GPU and none for the host, or a thread lacks it."""
+    said = str(error)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in said
+        or "can't start new thread" in said
+    )
 
 
 def version(value: bool) -> None:
