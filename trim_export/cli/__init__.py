@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether torch says so, which has an exception of its own for a GPU and none for the host, or a thread lacks it."""
+    """Whether torch says so, which has an exception of its own for a GPU only, or a thread that cannot be had."""
     said = str(error)
     return (
         type(error).__name__ == "OutOfMemoryError"
