@@ -33,6 +33,7 @@ from trim_export.allocation import layer_sparsities
 from trim_export.bench import Workload, machine
 from trim_export.calibration import consecutive_windows, read_text, token_stream, training_windows
 from trim_export.errors import TrimExportError, UsageError, choose
+from trim_export.evaluate import divergence
 from trim_export.forward import BlockCall, Compute, block_calls, choose_compute, embed, run_block
 from trim_export.gradients import gradient_norms
 from trim_export.layer_budgets import LAYER_BUDGETS, Auto
@@ -114,15 +115,12 @@ class Subject:
             block.load_state_dict(self.originals[name].state_dict())
 
     @torch.inference_mode()
-    def divergence(self) -> float:
+    def apart(self) -> float:
         """Mean KL divergence of the model as it is from the dense one, nats a token."""
-        apart = [
-            nn.functional.kl_div(
-                _log_probabilities(self.dense, window), there.float(), log_target=True, reduction="sum"
-            )
-            for window, there in zip(self.held_out, self.wanted, strict=True)
-        ]
-        return float(sum(apart)) / self.held_out.numel()
+        return statistics.mean(
+            divergence(wanted.float(), _log_probabilities(self.dense, window)).kl
+            for window, wanted in zip(self.held_out, self.wanted, strict=True)
+        )
 
 
 def main() -> int:
@@ -166,12 +164,12 @@ def fill(options: argparse.Namespace, variants: Mapping[str, Variant]) -> None:
     subject = load_subject(options.model, options.calibration, options.blocks)
     for seed, name in missing:
         begin = time.perf_counter()
-        divergence = measure(subject, variants[name], options.calibration, options.sparsity, seed)
+        apart = measure(subject, variants[name], options.calibration, options.sparsity, seed)
         seconds = time.perf_counter() - begin
-        stored["cells"].append({"variant": name, "seed": seed, "kl": divergence, "seconds": seconds})
+        stored["cells"].append({"variant": name, "seed": seed, "kl": apart, "seconds": seconds})
         stored["machine"] = machine(Workload(repeats=1))
         write_bytes(options.json, (json.dumps(stored, indent=1) + "\n").encode())
-        print(f"{name}, seed {seed}: KL {divergence:.4f} ({seconds:.0f} s)", flush=True)
+        print(f"{name}, seed {seed}: KL {apart:.4f} ({seconds:.0f} s)", flush=True)
 
 
 def load_subject(model: str, calibration: Path, count: int) -> Subject:
@@ -207,9 +205,9 @@ def measure(subject: Subject, variant: Variant, calibration: Path, sparsity: flo
         pass
     if variant.reconstruct:
         reconstruct(subject, recipe, calls, hidden)
-    divergence = subject.divergence()
+    apart = subject.apart()
     subject.restore()
-    return divergence
+    return apart
 
 
 def reconstruct(subject: Subject, recipe: Recipe, calls: Iterable[BlockCall], hidden: Tensor) -> None:

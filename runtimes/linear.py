@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
 
-__all__ = ["Layout", "Runtime", "SparseLinear", "tensor_bytes"]
+__all__ = ["Layout", "Runtime", "SparseLinear", "siblings", "tensor_bytes"]
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names under which decoders keep layers that read the same input, in the order in which they call them."""
+
+L = TypeVar("L", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,16 @@ class Runtime(Protocol):
         whole model at the end.
         """
         ...
+
+
+def siblings(module: nn.Module, kind: type[L]) -> Iterator[tuple[nn.Module, dict[str, L]]]:
+    """Each parent of layers with the same input, and those layers by name, where all of them are of one kind."""
+    # Parents only: what a sibling held is to be freed when it is replaced, not when all are.
+    for parent in [part for part in module.modules() if any(hasattr(part, names[0]) for names in SIBLINGS)]:
+        for names in SIBLINGS:
+            found = {name: layer for name in names if isinstance(layer := getattr(parent, name, None), kind)}
+            if len(found) == len(names):
+                yield parent, found
 
 
 def tensor_bytes(module: nn.Module) -> int:

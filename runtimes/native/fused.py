@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.runtimes.linear import Layout, SparseLinear
+from trim_export.runtimes.linear import Layout, SparseLinear, siblings
 from trim_export.runtimes.native.library import is_traced
 from trim_export.runtimes.native.linear import NativeLinear, NativeWeights
 
 __all__ = ["FusedLinear", "fuse"]
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names under which decoders keep layers that share their inputs."""
 
 
 class _Shared(nn.Module):
@@ -89,14 +86,9 @@ class FusedLinear(SparseLinear):
 
 def fuse(model: nn.Module) -> None:
     """Make siblings of a model one product, where all of them are native and have values of one dtype."""
-    for names in SIBLINGS:
-        # Parents only: what a sibling held is to be freed when it is replaced, not when all are.
-        for parent in [module for module in model.modules() if hasattr(module, names[0])]:
-            found = [getattr(parent, name, None) for name in names]
-            layers = [layer for layer in found if isinstance(layer, NativeLinear)]
-            kinds = {(layer.in_features, layer.weights.values.dtype) for layer in layers}
-            if len(layers) < len(names) or len(kinds) > 1:
-                continue
-            shared = _Shared([layer.matrix() for layer in layers])
-            for sibling, (name, layer) in enumerate(zip(names, layers, strict=True)):
-                setattr(parent, name, FusedLinear(layer, shared, sibling))
+    for parent, layers in siblings(model, NativeLinear):
+        if len({(layer.in_features, layer.weights.values.dtype) for layer in layers.values()}) > 1:
+            continue
+        shared = _Shared([layer.matrix() for layer in layers.values()])
+        for sibling, (name, layer) in enumerate(layers.items()):
+            setattr(parent, name, FusedLinear(layer, shared, sibling))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trim_export.converters import G8, InterleavedCsr, SparseMatrix, nbytes
 from trim_export.converters.csr_interleaved import cost
-from trim_export.runtimes.linear import Layout, SparseLinear
+from trim_export.runtimes.linear import Layout, SparseLinear, siblings
 from trim_export.runtimes.native.linear import MaskedLinear
 from trim_export.runtimes.triton.operators import grouped_linear
 
@@ -18,9 +18,6 @@ __all__ = ["PackedRows", "TritonLinear", "TritonRuntime", "join_siblings"]
 
 BREAK_EVEN = 0.4
 """Sparsity below which a layer is multiplied dense: from 27 % down its groups are larger than the dense weight."""
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one module that read the same input, in the order in which it calls them."""
 
 _OLDEST = (8, 0)
 
@@ -165,17 +162,16 @@ class TritonLinear(SparseLinear):
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let the `SIBLINGS` of every module share their rows, wherever all are in one encoding and dtype.
+    """Let the `siblings` of every module share their rows, wherever all are in one encoding and dtype.
 
     The module must call them in turn, with a tensor that it does not change between them, as decoder blocks do.
     """
-    for module in model.modules():
-        for names in SIBLINGS:
-            found = [layer for name in names if isinstance(layer := getattr(module, name, None), TritonLinear)]
-            kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.gaps is None) for layer in found}
-            joined = len({layer.packed for layer in found}) < len(found)
-            if joined or len(found) < len(names) or len(kinds) > 1:
-                continue
-            packed = PackedRows.stack([layer.packed for layer in found])
-            for member, layer in enumerate(found):
-                layer.packed, layer.member = packed, member
+    for _, layers in siblings(model, TritonLinear):
+        found = list(layers.values())
+        kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.gaps is None) for layer in found}
+        joined = len({layer.packed for layer in found}) < len(found)
+        if joined or len(kinds) > 1:
+            continue
+        packed = PackedRows.stack([layer.packed for layer in found])
+        for member, layer in enumerate(found):
+            layer.packed, layer.member = packed, member

@@ -35,7 +35,7 @@ def subject_of(tiny: Tiny, text: Path) -> ablation.Subject:
 @pytest.mark.usefixtures("small")
 def test_the_divergence_of_the_dense_model_is_zero_and_of_another_the_closed_form(tiny: Tiny, text: Path) -> None:
     subject = subject_of(tiny, text)
-    assert abs(subject.divergence()) < 1e-3  # log-probabilities are kept in float16
+    assert abs(subject.apart()) < 1e-3  # log-probabilities are kept in float16
     model = subject.dense.model
     with torch.no_grad():
         wanted = model(subject.held_out).logits.double().log_softmax(-1)
@@ -44,7 +44,7 @@ def test_the_divergence_of_the_dense_model_is_zero_and_of_another_the_closed_for
                 parameter.mul_(0.5)
         given = model(subject.held_out).logits.double().log_softmax(-1)
     expected = float((wanted.exp() * (wanted - given)).sum(-1).mean())
-    assert subject.divergence() == pytest.approx(expected, abs=2e-3)
+    assert subject.apart() == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.usefixtures("small")
@@ -61,7 +61,7 @@ def test_a_variant_prunes_the_first_blocks_only_and_the_model_is_restored(tiny: 
     recipe = {"samples": 4, "sequence_length": 8, "context_length": 16}
     variant = ablation.VARIANTS[name]
     variant = ablation.Variant({**variant.settings, **recipe}, variant.reconstruct)
-    with mock.patch.object(ablation.Subject, "divergence", note):
+    with mock.patch.object(ablation.Subject, "apart", note):
         ablation.measure(subject, variant, text, 0.5, seed=0)
     changed = {key for key in before if not torch.equal(before[key], during[key])}
     (block,) = subject.blocks

@@ -55,6 +55,23 @@ def cost(work: str, begin: float, calibrated: float) -> tuple[dict[str, Any], li
     ]
 
 
+def read_texts(calibration: str, tokens: int, data: Path | None) -> str | None:
+    """The text of ``--data``; both texts are read before anything is loaded, so that a missing one is told at once."""
+    from trim_export.calibration import read_text
+
+    if calibration != "self":
+        read_text(calibration, tokens)
+    return None if data is None else read_text(str(data), 8 * 1024)
+
+
+def measure_data(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, when: str = ""
+) -> tuple[dict[str, Any], tuple[str, str]]:
+    """Perplexity on the first 8 x 1024 tokens of ``--data``, as JSON and as a line of a table."""
+    score = measure_perplexity(model, tokenizer, text, 1024, 8, 0)
+    return score, (f"perplexity{when}, first 8 x 1024 tokens of --data", f"{score['value']:.2f}")
+
+
 def measure_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int, windows: int, first: int
 ) -> dict[str, Any]:

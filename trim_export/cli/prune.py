@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Device, Json, app, cost, err, measure_perplexity, out, track, write_json
+from trim_export.cli.common import Device, Json, app, cost, err, measure_data, out, read_texts, track, write_json
 from trim_export.cli.structured import Step, require_vacant, store_reduced, structured_step
 from trim_export.errors import UsageError, choose
 
@@ -196,7 +196,7 @@ def _prune(
     data: Path | None,
 ) -> dict[str, Any]:
     from trim_export.artifact_writer import remove_artifact, require_room
-    from trim_export.calibration import calibration_windows, read_text
+    from trim_export.calibration import calibration_windows
     from trim_export.forward import choose_compute, choose_device
     from trim_export.models import decoder_blocks, load_model, quiet_transformers, unprunable_matrices
     from trim_export.prune import prune as prune_model
@@ -209,9 +209,7 @@ def _prune(
     else:
         require_room(output, resume, overwrite)
     choose_device(device)
-    if recipe.calibration != "self":
-        read_text(recipe.calibration, recipe.samples * recipe.sequence_length)
-    text = None if data is None else read_text(str(data), 8 * 1024)
+    text = read_texts(recipe.calibration, recipe.samples * recipe.sequence_length, data)
     dense = load_model(source, dtype)
     skipped = [
         f"{name}.{path}" for name, block in decoder_blocks(dense.model).items() for path in unprunable_matrices(block)
@@ -239,8 +237,8 @@ def _prune(
     out.print(block_table(manifest))
     out.print(summary_table(manifest))
     if text is not None:
-        measured["perplexity"] = measure_perplexity(dense.model, dense.tokenizer, text, 1024, 8, 0)
-        rows.append(("perplexity, first 8 x 1024 tokens of --data", f"{measured['perplexity']['value']:.2f}"))
+        measured["perplexity"], row = measure_data(dense.model, dense.tokenizer, text)
+        rows.append(row)
     out.print(facts("this run", rows))
     about = {"artifact": str(output), "sparsity": manifest["sparsity"], "bytes": manifest["bytes"]}
     return {**about, "layer_choice": choice, **measured}

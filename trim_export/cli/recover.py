@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Device, Directory, Json, app, cost, measure_perplexity, out, track, write_json
+from trim_export.cli.common import Device, Directory, Json, app, cost, measure_data, out, read_texts, track, write_json
 from trim_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _recover(
     data: Path | None,
 ) -> dict[str, Any]:
     from trim_export.artifact_writer import remove_artifact, require_room
-    from trim_export.calibration import read_text, training_windows
+    from trim_export.calibration import training_windows
     from trim_export.forward import choose_compute, choose_device
     from trim_export.models import quiet_transformers
     from trim_export.recover import load_teacher, open_intact
@@ -86,9 +86,7 @@ def _recover(
     artifact = open_intact(directory, output)
     require_room(output, resume, overwrite)
     choose_device(device)
-    if recovery.calibration != "self":
-        read_text(recovery.calibration, recovery.samples * recovery.sequence_length)
-    text = None if data is None else read_text(str(data), 8 * 1024)
+    text = read_texts(recovery.calibration, recovery.samples * recovery.sequence_length, data)
     dense = load_teacher(artifact, model)
     tokens = training_windows(
         recovery.calibration,
@@ -110,8 +108,7 @@ def _recover(
     out.print(summary_table(manifest))
     if text is not None:
         for when, path in (("before", directory), ("after", output)):
-            score = measure_perplexity(load(path, "dense"), dense.tokenizer, text, 1024, 8, 0)
-            measured[f"perplexity_{when}"] = score
-            rows.append((f"perplexity {when}, first 8 x 1024 tokens of --data", f"{score['value']:.2f}"))
+            measured[f"perplexity_{when}"], row = measure_data(load(path, "dense"), dense.tokenizer, text, f" {when}")
+            rows.append(row)
     out.print(facts("this run", rows))
     return {"artifact": str(output), "sparsity": manifest["sparsity"], "recovery": manifest["recovery"], **measured}

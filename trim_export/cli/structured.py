@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trim_export.cli.common import measure_perplexity, out, track
+from trim_export.cli.common import measure_data, out, track
 from trim_export.errors import UsageError, choose
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def store_reduced(
     out.print(structured_table(dense.structured))
     measured, rows = spent
     if text is not None:
-        measured["perplexity"] = measure_perplexity(dense.model, dense.tokenizer, text, 1024, 8, 0)
-        rows.append(("perplexity, first 8 x 1024 tokens of --data", f"{measured['perplexity']['value']:.2f}"))
+        measured["perplexity"], row = measure_data(dense.model, dense.tokenizer, text)
+        rows.append(row)
     out.print(facts("this run", rows))
     return {"model": str(output), "structured": dense.structured, **measured}
