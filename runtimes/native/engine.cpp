@@ -417,11 +417,12 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
     const Decode& kernel = kernels_in_use.load(std::memory_order_relaxed)->decode[matrix->value_type];
     const double cost = kDecodeCost.column * static_cast<double>(matrix->rows * matrix->columns);
     const std::int32_t count = Shares::thread_count(cost * static_cast<double>(tokens), pool->threads);
+    // Rows that stay in the nearest cache while all tokens pass by.
+    const std::int64_t cached = divide_up(16384, checked.columns * static_cast<std::int64_t>(sizeof(float)));
     run(*pool, count, [&](std::int32_t share) {
         const Span rows = part(checked.rows, share, count);
         for (Span some = rows; some.first < rows.last; some.first = some.last) {
-            // Rows that stay in a cache while all tokens pass by.
-            some.last = tokens > 1 && some.first + kTileRows < rows.last ? some.first + kTileRows : rows.last;
+            some.last = tokens > 1 && some.first + cached < rows.last ? some.first + cached : rows.last;
             for (std::int64_t t = 0; t < tokens; ++t) {
                 kernel.dense(checked, some, inputs + t * checked.columns, outputs + t * checked.rows);
             }

@@ -35,9 +35,9 @@ class Admm:
     Time: one inverse, ``iterations + polish + 2`` products rows x columns x columns, and selections that add about a
     fifth. Memory: ten matrices of the weight's size and four of the Gram's.
 
-    How many iterations: of SmolLM2-135M at 80 %, 14 with 11 selections and 6 of polish end as near to the dense model on
-    held-out text as 20, 15 and 10 do (KL 0.981 and 0.984) in six sevenths of the time. Still fewer (``admm-10``) made no
-    difference on the first 8 blocks, but after all 30.
+    How many iterations: of SmolLM2-135M at 80 %, 14 with 11 selections and 6 of polish end as near to the dense model
+    on held-out text as 20, 15 and 10 do (KL 0.981 and 0.984) in six sevenths of the time. Still fewer (``admm-10``)
+    made no difference on the first 8 blocks, but after all 30.
 
     Attributes:
         iterations: of ADMM.
