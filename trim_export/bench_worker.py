@@ -13,6 +13,7 @@ import torch
 
 from trim_export.models import DTYPES, quiet_transformers
 from trim_export.runtimes import load, tensor_bytes
+from trim_export.runtimes.onnxruntime import OnnxCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +28,14 @@ def main(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()
-    dtype, device = DTYPES[settings["dtype"]], settings["device"]
+    dtype, device = DTYPES.get(settings["dtype"]), settings["device"]  # an ONNX model has its own
     model = load(settings["directory"], settings["runtime"], dtype, device, lm_head=settings["lm_head"])
     load_s = time.perf_counter() - begin
     _answer({})
     for line in sys.stdin:
         request = json.loads(line)
         if "memory" in request:
-            _answer({"weight_bytes": tensor_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s})
+            _answer({"weight_bytes": _weight_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s})
         else:
             _answer(_measure(model, **request))
 
@@ -58,6 +59,10 @@ def _now(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return model.weight_bytes if isinstance(model, OnnxCausalLM) else tensor_bytes(model)
 
 
 def _peak(model: PreTrainedModel) -> int:

@@ -87,7 +87,8 @@ typedef struct TrimNativeDense {
 // Threads to share work among. `run` calls work(task, 0), ..., work(task, count - 1), in any order and on any threads,
 // and returns when all of them have.
 typedef struct TrimNativePool {
-    int32_t threads;  // work is divided into at most so many shares
+    int32_t threads;     // work is divided into at most so many shares
+    int32_t least_share; // and into none that costs less than so many weights, about 0.3 ns each: what waking one takes
     void (*run)(void* context, int32_t count, void (*work)(void* task, int32_t share), void* task);
     void* context;
 } TrimNativePool;
@@ -107,8 +108,7 @@ TRIM_NATIVE_API int32_t trim_native_linear_on(const TrimNativePool* pool, const 
                                               const float* inputs, int64_t tokens, int64_t input_stride, float* outputs,
                                               int64_t output_stride);
 
-// The same for a dense W and tokens without gaps; their sizes say how many there are. Meant for few of them: each is
-// multiplied on its own, and has the same bits for any number of tokens and threads.
+// The same for a dense W and tokens without gaps; their sizes say how many there are.
 TRIM_NATIVE_API int32_t trim_native_dense(const TrimNativeDense* matrix, const float* inputs, int64_t inputs_size,
                                           float* outputs, int64_t outputs_size, int32_t threads);
 

@@ -1,0 +1,141 @@
+"""An ONNX model as a transformers model, so that whatever takes one (generate, perplexity, lm-eval) takes the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from trim_export.errors import ArtifactError, choose, first_line
+from trim_export.runtimes.onnxruntime.session import Session, empty_cache, open_session
+from trim_export.storage import read_json
+
+__all__ = ["EXECUTIONS", "OnnxCausalLM", "is_onnx", "load_onnx"]
+
+EXECUTIONS = {"onnxruntime": True, "onnxruntime-functions": False}
+"""Runtimes of an ONNX directory: with our operators, and without (standard operators in their place)."""
+
+
+class OnnxCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model that ONNX Runtime executes on the CPU; it has no parameters of its own.
+
+    Attributes:
+        session: what executes.
+        head_width: of keys and values.
+        weight_bytes: of its files.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(self, config: PreTrainedConfig, session: Session, weight_bytes: int) -> None:
+        super().__init__(config)
+        self.session = session
+        self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.weight_bytes = weight_bytes
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return torch.float32
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """It can."""
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]`` and the key-value cache; others are ignored."""
+        batch, tokens = input_ids.shape
+        past = {} if past_key_values is None else _arrays(past_key_values)
+        seen = next(iter(past.values())).shape[2] if past else 0
+        attended = torch.ones(batch, seen + tokens, dtype=torch.int64) if attention_mask is None else attention_mask
+        positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        given = {"input_ids": input_ids.numpy(), "attention_mask": attended.long().numpy()}
+        if "position_ids" in self.session.inputs:
+            given["position_ids"] = positions.numpy()
+        found = self.session.run(given | (past or empty_cache(self.session, batch, self.head_width)))
+        logits = torch.from_numpy(found.pop("logits"))
+        cache = DynamicCache(ddp_cache_data=_pairs(found)) if use_cache is not False else None
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+def is_onnx(directory: Path | str) -> bool:
+    """Whether a directory holds an ONNX model."""
+    return (Path(directory) / "model.onnx").is_file()
+
+
+def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None = None) -> OnnxCausalLM:
+    """Load a directory that ``trim-export convert --to onnx`` or onnxruntime-genai's model builder wrote.
+
+    Args:
+        directory: with ``model.onnx`` and ``config.json`` or ``genai_config.json``.
+        runtime: a name in `EXECUTIONS`, or ``auto`` for our operators.
+        threads: of the session; None is torch's number.
+
+    Raises:
+        UsageError: unknown runtime.
+        ArtifactError, EnvironmentLacks: as `open_session`.
+    """
+    root = Path(directory)
+    kernels = runtime == "auto" or choose("runtime of an ONNX model", runtime, EXECUTIONS)
+    session = open_session(root, kernels, threads or torch.get_num_threads())
+    missing = {"input_ids", "attention_mask"} - set(session.inputs)
+    if missing:
+        raise ArtifactError(f"{root}: its graph is no decoder with a key-value cache; it lacks {min(missing)}")
+    config = _read_config(root)
+    files = sum(file.stat().st_size for file in root.glob("model.onnx*"))
+    model = OnnxCausalLM(config, session, files)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _read_config(root: Path) -> PreTrainedConfig:
+    """What a model's own directory says, or onnxruntime-genai's where that is all there is."""
+    try:
+        if (root / "config.json").is_file():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+            return config
+        genai = read_json(root / "genai_config.json")["model"]
+        decoder = genai["decoder"]
+        names = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
+        tokens = {name: genai[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+        return PreTrainedConfig(**names, **tokens, head_dim=decoder["head_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{root}: its configuration cannot be read ({first_line(error)})") from error
+
+
+def _arrays(cache: Any) -> dict[str, NDArray[Any]]:
+    """What a cache of transformers holds, by the names of a graph's inputs; nothing of an empty one."""
+    if cache.get_seq_length() == 0:
+        return {}
+    parts = {"key": "keys", "value": "values"}
+    return {
+        f"past_key_values.{index}.{part}": getattr(layer, attribute).contiguous().numpy()
+        for index, layer in enumerate(cache.layers)
+        for part, attribute in parts.items()
+    }
+
+
+def _pairs(found: Mapping[str, NDArray[Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, of a graph's outputs."""
+    keys, values = ([found[f"present.{index}.{part}"] for index in range(len(found) // 2)] for part in ("key", "value"))
+    return [(torch.from_numpy(key), torch.from_numpy(value)) for key, value in zip(keys, values, strict=True)]
