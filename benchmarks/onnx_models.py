@@ -2,8 +2,8 @@
 
     python -m benchmarks.onnx_models ARTIFACT --model MODEL --work DIRECTORY [--json FILE]
 
-Models are made once, in ``--work``, and kept. The int4 rival is onnxruntime-genai's own of the *dense* model; fidelity is
-the KL divergence from that model on the prompts of ``verify``.
+Models are made once, in ``--work``, and kept. The int4 rival is onnxruntime-genai's own of the *dense* model; fidelity
+is the KL divergence from that model on the prompts of ``verify``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _fidelity(model: str, artifact: Path, folders: dict[str, Path]) -> dict[str,
 
 
 def _layers(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """One product alone. The weights of all forms together are more than a cache holds, so each round finds them cold."""
+    """One product alone. All forms together are more than a cache holds, so that each round finds its weights cold."""
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((SIDE, SIDE), np.float32)
     weight[generator.random((SIDE, SIDE)) < SPARSITY] = 0

@@ -342,14 +342,16 @@ class BitmapTiles {
             prefetch(mask + mask_words, 0);
             for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
             for (std::int64_t i = 0; i < kGroupRows; ++i) {
+                std::int64_t entries = tile.entries;
                 for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
                     const std::int64_t count = popcount(mask[m]);
-                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + tile.entries);
+                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + entries);
                     for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
-                        Isa::store(tile.values + tile.entries + k, Isa::widen(begins[m] + k));
+                        Isa::store(tile.values + entries + k, Isa::widen(begins[m] + k));
                     }
-                    tile.entries += count;
+                    entries += count;
                 }
+                tile.entries = entries;
                 tile.end_row((group - groups_.first) * kGroupRows + i);
             }
         }
@@ -391,22 +393,25 @@ class ListTiles {
 
     bool decode(Span words, Tile<Isa>& tile) {
         const Value* const values = static_cast<const Value*>(matrix_.list_values);
+        const std::uint16_t* const listed = matrix_.list_columns;
         const std::int64_t first = words.first * kWordColumns, last = words.last * kWordColumns;
         tile.entries = 0;
         for (std::int64_t row = 0; row < length(blocks_) * kListRows; ++row) {
             const std::int64_t end = matrix_.list_start[blocks_.first + row / kListRows + 1];
-            std::int64_t entry = next_[row], before = first - 1, column;
-            for (; entry < end && (column = matrix_.list_columns[entry]) < last; entry += kListRows) {
+            // Counted here: a byte that is written to the tile might, for all a compiler knows, be one of its counter.
+            std::int64_t entry = next_[row], before = first - 1, column, count = tile.entries;
+            for (; entry < end && (column = listed[entry]) < last; entry += kListRows) {
                 if (column <= before) {
                     if (column < first) return false;
                     entry = end;
                     break;
                 }
-                tile.columns[tile.entries] = static_cast<std::uint8_t>(column - first);
-                tile.values[tile.entries] = widen_one(values[entry]);
-                ++tile.entries;
+                tile.columns[count] = static_cast<std::uint8_t>(column - first);
+                tile.values[count] = widen_one(values[entry]);
+                ++count;
                 before = column;
             }
+            tile.entries = count;
             next_[row] = entry;
             tile.end_row(row);
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from trim_export.errors import ArtifactError, choose, first_line
+from trim_export.errors import ArtifactError, UsageError, choose, first_line
 from trim_export.runtimes.onnxruntime.session import Session, empty_cache, open_session
 from trim_export.storage import read_json
 
@@ -20,6 +19,22 @@ __all__ = ["EXECUTIONS", "OnnxCausalLM", "is_onnx", "load_onnx"]
 
 EXECUTIONS = {"onnxruntime": True, "onnxruntime-functions": False}
 """Runtimes of an ONNX directory: with our operators, and without (standard operators in their place)."""
+
+
+class OnnxCache(DynamicCache):
+    """Keys and values as a graph takes and gives them, so that none is copied on its way from one token to the next.
+
+    Attributes:
+        arrays: ``[batch, heads, tokens, width]`` by the names of the graph's inputs.
+    """
+
+    def __init__(self, arrays: dict[str, NDArray[Any]]) -> None:
+        super().__init__()
+        self.arrays = arrays
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that it holds."""
+        return int(next(iter(self.arrays.values())).shape[2])
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):
@@ -65,16 +80,20 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]`` and the key-value cache; others are ignored."""
         batch, tokens = input_ids.shape
-        past = {} if past_key_values is None else _arrays(past_key_values)
-        seen = next(iter(past.values())).shape[2] if past else 0
-        attended = torch.ones(batch, seen + tokens, dtype=torch.int64) if attention_mask is None else attention_mask
-        positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        given = {"input_ids": input_ids.numpy(), "attention_mask": attended.long().numpy()}
-        if "position_ids" in self.session.inputs:
-            given["position_ids"] = positions.numpy()
-        found = self.session.run(given | (past or empty_cache(self.session, batch, self.head_width)))
+        if isinstance(past_key_values, OnnxCache):
+            past = past_key_values
+        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            past = OnnxCache(empty_cache(self.session, batch, self.head_width))
+        else:
+            raise UsageError("an ONNX model goes on from its own key-value cache only")
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past.get_seq_length() + tokens, dtype=torch.int64)
+        found = self.session.run(
+            {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.long().numpy()} | past.arrays
+        )
         logits = torch.from_numpy(found.pop("logits"))
-        cache = DynamicCache(ddp_cache_data=_pairs(found)) if use_cache is not False else None
+        renamed = {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
+        cache = None if use_cache is False else OnnxCache(renamed)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
@@ -118,24 +137,6 @@ def _read_config(root: Path) -> PreTrainedConfig:
         decoder = genai["decoder"]
         names = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
         tokens = {name: genai[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-        return PreTrainedConfig(**names, **tokens, head_dim=decoder["head_size"])
+        return PreTrainedConfig.from_dict(names | tokens | {"head_dim": decoder["head_size"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{root}: its configuration cannot be read ({first_line(error)})") from error
-
-
-def _arrays(cache: Any) -> dict[str, NDArray[Any]]:
-    """What a cache of transformers holds, by the names of a graph's inputs; nothing of an empty one."""
-    if cache.get_seq_length() == 0:
-        return {}
-    parts = {"key": "keys", "value": "values"}
-    return {
-        f"past_key_values.{index}.{part}": getattr(layer, attribute).contiguous().numpy()
-        for index, layer in enumerate(cache.layers)
-        for part, attribute in parts.items()
-    }
-
-
-def _pairs(found: Mapping[str, NDArray[Any]]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, of a graph's outputs."""
-    keys, values = ([found[f"present.{index}.{part}"] for index in range(len(found) // 2)] for part in ("key", "value"))
-    return [(torch.from_numpy(key), torch.from_numpy(value)) for key, value in zip(keys, values, strict=True)]

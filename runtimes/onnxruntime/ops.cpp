@@ -140,10 +140,11 @@ class Kernel {
         require(api_.output(context, 0, inputs.sides.data(), inputs.sides.size(), &made));
         void* outputs = nullptr;
         require(api_.data(made, &outputs));
-        // How many threads the session has, it does not tell. A share too many costs little.
+        // How many threads the session has, it does not tell. Several shares for each core, so that none waits long for
+        // another that the system has interrupted.
         static const std::int32_t threads = [] {
             const unsigned cores = std::thread::hardware_concurrency();
-            return static_cast<std::int32_t>(cores < 1 ? 1 : cores > 64 ? 64 : cores);
+            return static_cast<std::int32_t>(4 * (cores < 1 ? 1 : cores > 64 ? 64 : cores));
         }();
         Session session{api_, context, nullptr};
         const std::int32_t status = multiply({threads, kLeastShare, run_on_session, &session}, static_cast<const float*>(inputs.data),

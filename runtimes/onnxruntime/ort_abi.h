@@ -82,7 +82,7 @@ class Api {
     Status* parallel_for(const KernelContext* context, void (*work)(void*, std::size_t), std::size_t count,
                          void* task) const {
         using Function = Status* (*)(const KernelContext*, void (*)(void*, std::size_t), std::size_t, std::size_t, void*);
-        return at<Function>(274)(context, work, count, 0, task);
+        return at<Function>(274)(context, work, count, count, task);
     }
 
   private:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,18 @@ class Session:
     Attributes:
         native: the `onnxruntime.InferenceSession`.
         kernels: whether our operators execute; None if the model has none of them.
+        inputs: shapes of what it takes by name, where a side may be a word.
+        outputs: names of what it gives.
     """
 
     native: Any
     kernels: bool | None
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of what it takes."""
-        return [value.name for value in self.native.get_inputs()]
+    inputs: Mapping[str, Sequence[int | str]]
+    outputs: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name."""
-        names = [value.name for value in self.native.get_outputs()]
-        return dict(zip(names, self.native.run(names, dict(inputs)), strict=True))
+        return dict(zip(self.outputs, self.native.run(self.outputs, inputs), strict=True))
 
 
 def operator_library() -> Path | None:
@@ -94,10 +92,11 @@ def open_session(directory: Path, kernels: bool = True, threads: int | None = No
         raise ArtifactError(f"{directory / MODEL}: ONNX Runtime cannot load it ({first_line(error)})") from error
     if native.get_providers() != [CPU]:
         raise EnvironmentLacks(f"ONNX Runtime took {native.get_providers()} instead of {CPU}")
-    return Session(native, kernels if ours else None)
+    inputs = {value.name: tuple(value.shape) for value in native.get_inputs()}
+    return Session(native, kernels if ours else None, inputs, tuple(value.name for value in native.get_outputs()))
 
 
 def empty_cache(session: Session, batch: int, width: int) -> dict[str, NDArray[np.float32]]:
     """Keys and values of no tokens, by the names of the inputs; ``width`` is a head's, which a graph may leave open."""
-    shapes = {value.name: value.shape for value in session.native.get_inputs() if value.name.startswith("past")}
-    return {name: np.zeros((batch, shape[1], 0, width), np.float32) for name, shape in shapes.items()}
+    shapes = {name: shape for name, shape in session.inputs.items() if name.startswith("past")}
+    return {name: np.zeros((batch, int(shape[1]), 0, width), np.float32) for name, shape in shapes.items()}
