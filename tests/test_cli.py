@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 import trim_export
 from trim_export.cli import main
@@ -172,6 +173,28 @@ def test_convert_makes_an_artifact_that_verifies(
     run("convert", artifact[0], "--to", target, "-o", tmp_path / "b")
     run("check", tmp_path / "b")
     run("verify", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("verify", "ARTIFACT", "--runtime", "dense"), "dense: reading"),
+        (("eval", "ARTIFACT", "--data", "TEXT", "--sequence-length", 8, "--windows", 2), "perplexity"),
+        (("convert", "ARTIFACT", "--to", "csr", "-o", "OUT"), "writing shards"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_progress_is_for_terminals(
+    words: tuple[object, ...], shown: str, artifact: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    places: dict[object, Path] = {"ARTIFACT": artifact[0], "TEXT": text, "OUT": tmp_path / "a"}
+    assert run(*(places.get(word, word) for word in words)).stderr == ""
+    places["OUT"] = tmp_path / "b"
+    terminal = io.StringIO()
+    with mock.patch("trim_export.cli.common.err", Console(file=terminal, force_terminal=True, width=100)):
+        run(*(places.get(word, word) for word in words))
+    assert shown in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 def test_generate_continues_the_prompt_the_same_with_every_runtime(artifact: tuple[Path, dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from trim_export.artifact import Artifact
 from trim_export.evaluate import Divergence, divergence
 from trim_export.models import dtype_name
 from trim_export.patterns import Anywhere, parse_pattern
+from trim_export.progress import Track, silently
 from trim_export.runtimes import load
 
 if TYPE_CHECKING:
@@ -54,8 +55,13 @@ TOLERANCES = {
 
 
 @torch.inference_mode()
-def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Iterable[str]) -> dict[str, Any]:
-    """Compare runtimes with the dense masked model on real prompts.
+def verify(
+    artifact: Artifact,
+    tokenizer: PreTrainedTokenizerBase,
+    runtimes: Iterable[str],
+    track: Track[Any] = silently,
+) -> dict[str, Any]:
+    """Compare runtimes with the dense masked model on real prompts; ``track`` shows progress, model by model.
 
     Returns:
         ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}], "pattern":
@@ -63,14 +69,14 @@ def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Ite
     """
     prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
     reference = load(artifact.path, "dense", dtype=torch.float32)
-    sequences = [_continue(reference, prompt) for prompt in prompts]
-    expected = [_logits(reference, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+    texts = [(_continue(reference, prompt), len(prompt)) for prompt in track(prompts, "reference: writing")]
+    expected = [_logits(reference, *text) for text in track(texts, "reference: reading")]
     del reference
     results = []
     for name in runtimes:
         gc.collect()
         model = load(artifact.path, name)
-        given = [_logits(model, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+        given = [_logits(model, *text) for text in track(texts, f"{name}: reading")]
         results.append(_judge(name, model.dtype, expected, given))
         del model
     pattern = {"name": _pattern(artifact), "passed": pattern_holds(artifact)}

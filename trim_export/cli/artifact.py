@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trim_export.cli.common import Directory, Json, app, out, write_json
+from trim_export.cli.common import Directory, Json, app, out, track, write_json
 from trim_export.errors import ArtifactError, CheckFailed, UsageError, first_line
 
 
@@ -24,7 +24,7 @@ def convert(
     from trim_export.convert import convert as convert_artifact
     from trim_export.report import megabytes, table
 
-    result = convert_artifact(open_artifact(directory), to, output, _parse_block(block))
+    result = convert_artifact(open_artifact(directory), to, output, _parse_block(block), track)
     out.print(
         table(
             f"{to} in {output}",

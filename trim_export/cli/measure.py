@@ -16,6 +16,7 @@ from trim_export.cli.common import (
     open_quietly,
     out,
     read_tokenizer,
+    track,
     write_json,
 )
 from trim_export.errors import CheckFailed, choose
@@ -30,7 +31,7 @@ def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = Non
     from trim_export.runtimes import available_runtimes
     from trim_export.verify import verify as verify_artifact
 
-    result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes())
+    result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes(), track)
     out.print(
         table(
             "parity with the dense masked model in float32 (prefill and cached decode)",
