@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -71,10 +72,21 @@ def bench(
     generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     lm_head: LmHead = "stored",
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead time the Triton kernels with this artifact's layers on this machine's GPU, and write which "
+            "of them to use for how many tokens into this table.",
+            metavar="FILE",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Measure latency and memory of each runtime against the dense model, interleaved, each in its own process."""
     artifact = open_quietly(directory)
+    if tune is not None:
+        write_json(json_file, _tune(directory, tune))
+        return
 
     from trim_export.bench import Workload, contestants
     from trim_export.bench import bench as bench_artifact
@@ -88,3 +100,35 @@ def bench(
     result = bench_artifact(artifact, entries, workload)
     out.print(bench_table(result))
     write_json(json_file, result)
+
+
+def _tune(directory: Path, table: Path) -> dict[str, Any]:
+    """Time the Triton kernels and write the best choice for this GPU into a table."""
+    from dataclasses import asdict
+    from functools import partial
+
+    import torch
+
+    from trim_export.report import facts
+    from trim_export.runtimes import load
+    from trim_export.runtimes.triton import PackedRows
+    from trim_export.runtimes.triton.timing import gpu_times, tune
+    from trim_export.runtimes.triton.tuning import read_table, write_choice
+
+    read_table(table)  # a damaged one is told before anything is timed
+    model = load(directory, "triton", device="cuda")
+    layers = [module.tensors() for module in model.modules() if isinstance(module, PackedRows)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu, choice = torch.cuda.get_device_name(device), tune(layers, partial(gpu_times, device=device), track)
+    write_choice(table, gpu, choice)
+    out.print(
+        facts(
+            gpu,
+            [
+                ("weights are multiplied as they lie", f"up to {choice.gathered_tokens} tokens at a time"),
+                ("rows are cut until they fill the GPU", f"{choice.waves} times"),
+                ("the runtime reads this with", f"TRIM_EXPORT_TUNING={table}"),
+            ],
+        )
+    )
+    return {"gpu": gpu, **asdict(choice)}
