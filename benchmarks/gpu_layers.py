@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trim_export.converters import SparseMatrix
+from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes import Layout
 from trim_export.runtimes.torch_sparse import TorchSparseLinear
@@ -116,15 +116,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the times were measured on: card, driver, clocks and versions."""
     import triton
 
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index}"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, subprocess.CalledProcessError):
-        said = []
     return {
         "gpu": torch.cuda.get_device_name(device),
-        **dict(zip(query.split(","), said, strict=False)),
+        **driver_facts(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trim_export.cuda import record
 from trim_export.errors import UsageError
 from trim_export.progress import Track, silently
 from trim_export.runtimes.triton.launch import FEW, Packed, by_expanding, by_gathering, by_gathering_few, splits
@@ -80,7 +81,8 @@ def best_choice(timings: Iterable[tuple[int, str, float]]) -> Choice:
 def gpu_times(entries: Mapping[str, Product], device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of each product in each of `ROUNDS` rounds: a `Timer` once the device is bound."""
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    runs = {name: _recorded(product) for name, product in entries.items()}
+    # Itself where a library does not let itself be recorded.
+    runs = {name: record(product) or product for name, product in entries.items()}
     times: dict[str, list[float]] = {name: [] for name in entries}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -92,22 +94,3 @@ def gpu_times(entries: Mapping[str, Product], device: torch.device) -> dict[str,
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
     return times
-
-
-def _recorded(product: Product) -> Callable[[], Any]:
-    """A product as a CUDA graph, or itself where a library does not let itself be recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills the libraries' workspaces
-        for _ in range(3):
-            product()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            product()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return product
-    return graph.replay
