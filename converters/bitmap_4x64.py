@@ -16,7 +16,7 @@ from trim_export.converters.encoding import nbytes
 from trim_export.converters.matrix import SparseMatrix
 from trim_export.errors import ArtifactError
 
-__all__ = ["Bitmap4x64", "quantize_rows"]
+__all__ = ["Bitmap4x64"]
 
 _GROUP = 4  # rows whose words alternate
 _WORD = 64  # columns of a mask word
@@ -43,7 +43,8 @@ class Bitmap4x64:
     def encode(self, matrix: SparseMatrix) -> dict[str, Tensor]:
         """The three tensors of ``matrix``; explicit zeros among its values are kept.
 
-        Of `quantize_rows` too, for execution; `decode` takes no such values, as nothing stored says their scales.
+        Of `trim_export.converters.int8.quantize_rows` too, for execution; `decode` takes no such values, as nothing
+        stored says their scales.
         """
         order = matrix.row_counts.argsort(descending=True, stable=True)
         kept = _interleave(matrix.mask[order])
@@ -76,22 +77,6 @@ class Bitmap4x64:
         spread[kept] = values
         back = order.argsort()
         return SparseMatrix.from_dense(*(whole[:rows, :columns][back] for whole in (_separate(spread), placed)))
-
-
-def quantize_rows(matrix: SparseMatrix) -> tuple[SparseMatrix, Tensor]:
-    """``matrix`` with int8 values, and the float32 scale ``[rows]`` of each row by which they are multiplied.
-
-    Symmetric: a row's largest magnitude becomes 127, every value is rounded to the nearest step, half to even. The mask
-    stays; a kept weight may become zero. Values must be finite.
-    """
-    counts = matrix.row_counts
-    values = matrix.values.float()
-    largest = torch.zeros(len(counts))
-    row = torch.repeat_interleave(counts)
-    largest.scatter_reduce_(0, row, values.abs(), "amax")
-    scales = largest / 127
-    steps = (values / scales[row]).nan_to_num(0.0).round().clamp(-127, 127)  # 0 / 0 in a row of zeros
-    return SparseMatrix(matrix.mask, steps.to(torch.int8)), scales
 
 
 def _interleave(rows: Tensor) -> Tensor:

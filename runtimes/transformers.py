@@ -37,6 +37,7 @@ from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError,
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
+from trim_export.runtimes.onnxruntime import is_onnx, load_onnx
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 from trim_export.runtimes.triton import TritonRuntime
 from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
@@ -84,8 +85,9 @@ def load(
     """Load an artifact for execution; never touches the network, runs no code of the artifact's and no pickle.
 
     Args:
-        directory: the artifact.
-        runtime: a name in `RUNTIMES`, or ``auto`` for the best that is available. ``dense`` gives an ordinary model.
+        directory: the artifact, or an ONNX directory made of one (`trim_export.runtimes.onnxruntime`).
+        runtime: a name in `RUNTIMES`, or ``auto`` for the best that is available; ``dense`` gives an ordinary model.
+            Of an ONNX directory a name in `trim_export.runtimes.onnxruntime.EXECUTIONS`.
         dtype: to compute in; the stored one if None.
         device: to load to.
         check_hashes: compare every file with the manifest before it is read. The structure of every matrix is
@@ -97,9 +99,11 @@ def load(
         UsageError: unknown runtime, or one that does not execute on ``device``.
         EnvironmentLacks: a runtime that is not available here.
     """
+    root = Path(directory)
+    if is_onnx(root):
+        return _load_onnx(root, runtime, device, lm_head)
     pick_runtime(runtime, torch.device(device).type)
     choose("LM head", lm_head, LM_HEADS)
-    root = Path(directory)
     _refuse_foreign_directory(root)
     if check_hashes:
         problems = verify_hashes(open_artifact(root))
@@ -125,6 +129,15 @@ def load(
     if lm_head == "int8":
         quantize_head(model)
     return model
+
+
+def _load_onnx(root: Path, runtime: str, device: str, lm_head: str) -> PreTrainedModel:
+    """What an ONNX directory is was decided when it was made; only how it executes is left to choose."""
+    if torch.device(device).type != "cpu":
+        raise UsageError(f"{root}: an ONNX model executes on the CPU, not on {device}")
+    if lm_head != "stored":
+        raise UsageError(f"{root}: convert --to onnx decides on the LM head; leave --lm-head out")
+    return load_onnx(root, runtime)
 
 
 def pick_runtime(name: str, device: str = "cpu") -> Runtime:

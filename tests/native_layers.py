@@ -10,7 +10,7 @@ from strategies import DTYPES
 from torch import Tensor
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.converters.int8 import quantize_rows
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes import Layout
 from trim_export.runtimes.native import NativeLinear, NativeMatrix, lay_out

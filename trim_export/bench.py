@@ -22,25 +22,40 @@ from typing import Any
 
 from trim_export.artifact import Artifact
 from trim_export.cuda import driver_facts
-from trim_export.errors import EnvironmentLacks
+from trim_export.errors import EnvironmentLacks, choose
 from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
+from trim_export.runtimes.onnxruntime import EXECUTIONS, ONNX_MANIFEST
+from trim_export.storage import read_json
 
-__all__ = ["Contestant", "Workload", "bench", "contestants", "machine"]
+__all__ = ["Contestant", "Workload", "bench", "contestants", "machine", "onnx_contestants"]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One runtime in one dtype, its LM head as it is stored or in ``int8``."""
+    """One directory in one runtime.
 
+    Attributes:
+        directory: an artifact or an ONNX model.
+        runtime: that executes it.
+        dtype: of the weights: what they are loaded in, or in an ONNX model what they were stored in.
+        lm_head: as it is ``stored``, or in ``int8``.
+        dense: whether others are compared with it.
+        label: what tables call it; empty for the runtime's name.
+    """
+
+    directory: Path
     runtime: str
     dtype: str
     lm_head: str = "stored"
+    dense: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.runtime if self.lm_head == "stored" else f"{self.runtime}, {self.lm_head} head"
+        name = self.label or self.runtime
+        return name if self.lm_head == "stored" else f"{name}, {self.lm_head} head"
 
 
 @dataclass(frozen=True)
@@ -69,27 +84,41 @@ def contestants(artifact: Artifact, runtimes: Iterable[str], lm_head: str = "sto
 
     With another ``lm_head`` the best sparse runtime takes part a second time.
     """
-    stored = artifact.manifest["source"]["dtype"]
-    found = [Contestant("dense", stored)]
+    path, stored = artifact.path, artifact.manifest["source"]["dtype"]
+    found = [Contestant(path, "dense", stored, dense=True)]
     if stored != "bfloat16":
-        found.append(Contestant("dense", "bfloat16"))
-    sparse = [Contestant(pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
+        found.append(Contestant(path, "dense", "bfloat16", dense=True))
+    sparse = [Contestant(path, pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
     found += sparse
     if lm_head != "stored":
         found += [replace(entry, lm_head=lm_head) for entry in sparse[:1]]
     return list(dict.fromkeys(found))
 
 
-def bench(artifact: Artifact, entries: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
+def onnx_contestants(directory: Path, runtimes: Iterable[str]) -> list[Contestant]:
+    """An ONNX model with our operators and without them; only once where it has none."""
+    manifest = directory / ONNX_MANIFEST
+    form = read_json(manifest).get("form") if manifest.is_file() else None
+    if not isinstance(form, dict):
+        return [Contestant(directory, "onnxruntime", "-", dense=form == "dense", label=f"onnxruntime {directory.name}")]
+    values = f"{form['encoding']} {form['values']}" + (", int8 head" if form["head"] == "int8" else "")
+    return [
+        Contestant(directory, choose("runtime", name, {word: word for word in EXECUTIONS}), values)
+        for name in runtimes
+    ]  # fmt: skip
+
+
+def bench(entries: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
     """Measure all contestants in turn.
 
     Returns:
-        ``{"machine": {...}, "rows": [...]}``; ``ratio_to_dense`` above 1 is faster than the dense model of the
-        artifact's dtype in the same run, ``ratio_to_fastest_dense`` than the fastest dense one.
+        ``{"machine": {...}, "rows": [...]}``; ``ratio_to_dense`` above 1 is faster than the first dense contestant in
+        the same run (the artifact's dense model in its dtype, if there is one), ``ratio_to_fastest_dense`` than the
+        fastest dense one; both are None where none is dense.
     """
     times: dict[tuple[Contestant, str, int], list[float]] = {}
     with ExitStack() as stack:
-        workers = {entry: stack.enter_context(_Worker(artifact.path, entry, workload)) for entry in entries}
+        workers = {entry: stack.enter_context(_Worker(entry, workload)) for entry in entries}
         for batch in workload.batches:
             for round_ in range(workload.repeats + 1):
                 for entry, worker in workers.items():
@@ -102,11 +131,12 @@ def bench(artifact: Artifact, entries: Sequence[Contestant], workload: Workload)
     rows = [
         _row(entry, phase, batch, samples, workload, memory[entry]) for (entry, phase, batch), samples in times.items()
     ]
-    dense = [row for row in rows if row["runtime"] == "dense"]
+    dense = [row for row in rows if row.pop("dense")]
     for row in rows:
         rivals = [rival for rival in dense if (rival["phase"], rival["batch"]) == (row["phase"], row["batch"])]
-        row["ratio_to_dense"] = rivals[0]["median_ms"] / row["median_ms"]
-        row["ratio_to_fastest_dense"] = min(rival["median_ms"] for rival in rivals) / row["median_ms"]
+        medians = [rival["median_ms"] for rival in rivals]
+        row["ratio_to_dense"] = medians[0] / row["median_ms"] if medians else None
+        row["ratio_to_fastest_dense"] = min(medians) / row["median_ms"] if medians else None
     rows.sort(key=lambda row: (row["phase"], row["batch"]))
     return {"machine": machine(workload), "rows": rows}
 
@@ -133,10 +163,10 @@ def machine(workload: Workload) -> dict[str, Any]:
 class _Worker:
     """A process that holds one loaded model and answers one JSON line with another."""
 
-    def __init__(self, path: Path, entry: Contestant, workload: Workload) -> None:
+    def __init__(self, entry: Contestant, workload: Workload) -> None:
         self.name = f"{entry.name} {entry.dtype}"
         settings = {
-            "directory": str(path),
+            "directory": str(entry.directory),
             "runtime": entry.runtime,
             "dtype": entry.dtype,
             "lm_head": entry.lm_head,
@@ -191,6 +221,7 @@ def _row(
     per_measurement = batch * (tokens if phase == "prefill" else 1)
     return {
         "runtime": entry.name,
+        "dense": entry.dense,
         "dtype": entry.dtype,
         "phase": phase,
         "batch": batch,

@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from trim_export.cuda import record
 from trim_export.decoding import GrowingDecoder, RecordedDecoder, make_decoder
 from trim_export.models import DTYPES, quiet_transformers
 from trim_export.runtimes import load, tensor_bytes
+from trim_export.runtimes.onnxruntime import OnnxCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ def main(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()
-    dtype, device = DTYPES[settings["dtype"]], settings["device"]
+    dtype, device = DTYPES.get(settings["dtype"]), settings["device"]  # an ONNX model has its own
     model = load(settings["directory"], settings["runtime"], dtype, device, lm_head=settings["lm_head"])
     load_s = time.perf_counter() - begin
     decoders: Decoders = {}
@@ -40,7 +42,7 @@ def main(settings: dict[str, Any]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "memory" in request:
-            memory = {"weight_bytes": tensor_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s}
+            memory = {"weight_bytes": _weight_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s}
             if device == "cuda":
                 memory["cuda_graph"] = all(isinstance(decoder, RecordedDecoder) for decoder in decoders.values())
             _answer(memory)
@@ -75,10 +77,18 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return model.weight_bytes if isinstance(model, OnnxCausalLM) else tensor_bytes(model)
+
+
 def _peak(model: PreTrainedModel) -> int:
     if model.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux lets a process begin with the peak of the one that started it; only the line VmHWM is its own.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return (own or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def _answer(value: dict[str, Any]) -> None:

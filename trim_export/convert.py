@@ -6,7 +6,8 @@ Matrices pass through one at a time. Everything is written into a staging direct
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trim_export.patterns import Blocks, parse_pattern
 from trim_export.progress import Track, silently
 from trim_export.storage import canonical_json, read_json, safe_file, write_bytes, write_tensors
 
-__all__ = ["TARGETS", "convert"]
+__all__ = ["TARGETS", "convert", "staged", "write_dense"]
 
 
 def convert(
@@ -50,24 +51,35 @@ def convert(
     writer = choose("target", target, TARGETS)
     if block is not None and target != "bsr":
         raise UsageError(f"--block belongs to --to bsr, not to {target}")
+    block = block or (pattern_block(artifact) if target == "bsr" else None)
+    with staged(out) as staging:
+        writer(artifact, staging, Bsr(block) if block else ENCODINGS.get(target), track)
+    written = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".npz"))
+    before = artifact.manifest["bytes"]
+    return {"target": target, "directory": str(out), "bytes": written, "bytes_before": before["artifact"],
+            "bytes_dense": before["dense"]}  # fmt: skip
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes ``out`` if all goes well and else vanishes.
+
+    Raises:
+        UsageError: ``out`` exists and is not empty.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists already; give another directory")
-    block = block or (pattern_block(artifact) if target == "bsr" else None)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        writer(artifact, staging, Bsr(block) if block else ENCODINGS.get(target), track)
+        yield staging
         if out.exists():
             out.rmdir()
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    written = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".npz"))
-    before = artifact.manifest["bytes"]
-    return {"target": target, "directory": str(out), "bytes": written, "bytes_before": before["artifact"],
-            "bytes_dense": before["dense"]}  # fmt: skip
 
 
 def pattern_block(artifact: Artifact) -> tuple[int, int] | None:
@@ -96,7 +108,7 @@ def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None, tr
     write_manifest(out, facts, artifact.manifest["bytes"]["dense"])
 
 
-def _write_dense(artifact: Artifact, out: Path, encoding: Encoding | None, track: Track[Any]) -> None:
+def write_dense(artifact: Artifact, out: Path, encoding: Encoding | None, track: Track[Any]) -> None:
     """An ordinary model directory, every pruned weight a stored zero."""
     _copy_description(artifact, out, None)
     _rewrite_shards(artifact, out, track, lambda _, matrix: {"weight": matrix.to_dense()})
@@ -149,7 +161,7 @@ TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None, Track[Any]], None]
     "bitmap-4x64": _write_artifact,
     "g8": _write_artifact,
     "csr-interleaved": _write_artifact,
-    "dense": _write_dense,
+    "dense": write_dense,
     "scipy": _write_scipy,
 }
 """What an artifact can be converted to."""

@@ -7,8 +7,9 @@ The reference multiplies the stored weights densely in float32. Each runtime the
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,13 @@ from trim_export.models import dtype_name
 from trim_export.patterns import Anywhere, parse_pattern
 from trim_export.progress import Track, silently
 from trim_export.runtimes import load
+from trim_export.runtimes.onnxruntime import ONNX_MANIFEST
+from trim_export.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPTS", "TOLERANCES", "Tolerance", "pattern_holds", "verify"]
+__all__ = ["PROMPTS", "STORED", "TOLERANCES", "Tolerance", "pattern_holds", "verify", "verify_onnx"]
 
 PROMPTS = (
     "The capital of France is",
@@ -53,6 +56,9 @@ TOLERANCES = {
 }
 """By the dtype that the model computes in. Activations in bfloat16 carry 8 bits, whatever the runtime."""
 
+STORED = {dtype_name(dtype): tolerance for dtype, tolerance in TOLERANCES.items()} | {"int8": Tolerance(0.1, 0.85)}
+"""By the dtype that an ONNX model's weights were rounded to, of a model that computes in float32."""
+
 
 @torch.inference_mode()
 def verify(
@@ -67,24 +73,74 @@ def verify(
         ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}], "pattern":
         {"name", "passed"}}``.
     """
-    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
-    reference = load(artifact.path, "dense", dtype=torch.float32)
-    texts = [(_continue(reference, prompt), len(prompt)) for prompt in track(prompts, "reference: writing")]
-    expected = [_logits(reference, *text) for text in track(texts, "reference: reading")]
-    del reference
-    results = []
-    for name in runtimes:
-        gc.collect()
-        model = load(artifact.path, name)
-        given = [_logits(model, *text) for text in track(texts, f"{name}: reading")]
-        results.append(_judge(name, model.dtype, expected, given))
-        del model
+    results = _compare(
+        lambda: load(artifact.path, "dense", dtype=torch.float32), artifact.path, tokenizer, runtimes, track
+    )
     pattern = {"name": _pattern(artifact), "passed": pattern_holds(artifact)}
     return {
         "passed": pattern["passed"] and all(result["passed"] for result in results),
         "runtimes": results,
         "pattern": pattern,
     }
+
+
+@torch.inference_mode()
+def verify_onnx(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    runtimes: Iterable[str],
+    reference: Path | None,
+    track: Track[Any] = silently,
+) -> dict[str, Any]:
+    """Compare an ONNX model's runtimes with the artifact that it was made of, on the same prompts.
+
+    Args:
+        directory: with ``model.onnx``.
+        tokenizer: of either.
+        runtimes: names in `trim_export.runtimes.onnxruntime.EXECUTIONS`.
+        reference: the artifact. If None, the model's own functions in standard operators are: they decode what the
+            kernels multiply, so the two differ by no more than the order of sums.
+        track: shows progress.
+
+    Returns:
+        As `verify`, without a pattern.
+    """
+    manifest = directory / ONNX_MANIFEST
+    form = read_json(manifest)["form"] if reference is not None and manifest.is_file() else None
+    stored = {form["values"], form["head"] or "float32"} if isinstance(form, dict) else {"float32"}
+    tolerance = max((STORED[name] for name in stored), key=lambda allowed: allowed.kl)
+
+    def load_reference() -> PreTrainedModel:
+        if reference is None:
+            return load(directory, "onnxruntime-functions")
+        return load(reference, "dense", dtype=torch.float32)
+
+    results = _compare(load_reference, directory, tokenizer, runtimes, track, tolerance)
+    return {"passed": all(result["passed"] for result in results), "runtimes": results}
+
+
+def _compare(
+    load_reference: Callable[[], PreTrainedModel],
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    runtimes: Iterable[str],
+    track: Track[Any],
+    tolerance: Tolerance | None = None,
+) -> list[dict[str, Any]]:
+    """What each runtime makes of the prompts and the reference's continuations; one model is in memory at a time."""
+    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
+    reference = load_reference()
+    texts = [(_continue(reference, prompt), len(prompt)) for prompt in track(prompts, "reference: writing")]
+    expected = [_logits(reference, *text) for text in track(texts, "reference: reading")]
+    del reference
+    results = []
+    for name in runtimes:
+        gc.collect()
+        model = load(directory, name)
+        given = [_logits(model, *text) for text in track(texts, f"{name}: reading")]
+        results.append(_judge(name, model.dtype, expected, given, tolerance or TOLERANCES[model.dtype]))
+        del model
+    return results
 
 
 def pattern_holds(artifact: Artifact) -> bool:
@@ -124,9 +180,10 @@ def _logits(model: PreTrainedModel, sequence: Tensor, prompt: int) -> Tensor:
     return torch.cat(pieces).float()
 
 
-def _judge(name: str, dtype: torch.dtype, expected: Sequence[Tensor], given: Sequence[Tensor]) -> dict[str, Any]:
+def _judge(
+    name: str, dtype: torch.dtype, expected: Sequence[Tensor], given: Sequence[Tensor], tolerance: Tolerance
+) -> dict[str, Any]:
     found: Divergence = divergence(torch.cat(list(expected)), torch.cat(list(given)))
-    tolerance = TOLERANCES[dtype]
     passed = found.kl <= tolerance.kl and found.argmax_agreement >= tolerance.argmax_agreement
     return {
         "name": name,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.converters.int8 import quantize_rows
 from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native import NativeLinear, NativeRuntime
 

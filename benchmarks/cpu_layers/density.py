@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.cpu_layers.shapes import Shape, random_matrix
 from trim_export.converters import SparseMatrix
-from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.converters.int8 import quantize_rows
 from trim_export.report import table
 from trim_export.runtimes.native import NativeMatrix, lay_out
 

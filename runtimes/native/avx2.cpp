@@ -65,7 +65,7 @@ constexpr ShuffleTable<2> kShuffle16 = make_shuffle_table<2>();
 constexpr CompressTable kCompress = make_compress_table();
 
 struct Avx2 {
-    static constexpr std::int64_t kLanes = 8, kWidest = 4, kTileWords = 2;
+    static constexpr std::int64_t kLanes = 8, kWidest = 4, kTileWords = 4;
     using Vector = __m256;
 
     static TRIM_INLINE Vector load(const float* source) { return _mm256_loadu_ps(source); }

@@ -21,7 +21,6 @@ __all__ = [
     "QuantizedLinear",
     "dense_product",
     "multiply_dense",
-    "quantize_weight",
 ]
 
 _CHUNK = 4096
@@ -152,10 +151,3 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``[...] -> [..., columns]``."""
         return (self.weight[tokens].float() * self.scales[tokens].float()[..., None]).to(self.dtype)
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[rows, columns]`` and float32 scales ``[rows]``: a row's largest magnitude becomes 127, half to even."""
-    pieces = [(rows.float(), rows.float().abs().amax(dim=1) / 127) for rows in weight.detach().split(_CHUNK)]
-    steps = [(rows / scale[:, None]).nan_to_num(0.0).round().to(torch.int8) for rows, scale in pieces]
-    return torch.cat(steps), torch.cat([scale for _, scale in pieces])

@@ -50,16 +50,16 @@ std::atomic<const Kernels*> kernels_in_use{best_kernels()};
 
 constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();  // also columns and tokens
 constexpr std::int32_t kMostThreads = 4096;
-constexpr std::size_t kValueBytes[] = {4, 2, 2, 1};
+constexpr std::int64_t kValueBytes[] = {4, 2, 2, 1};
 
-bool aligned(const void* array, std::size_t bytes) {
-    return array != nullptr && reinterpret_cast<std::uintptr_t>(array) % bytes == 0;
+bool aligned(const void* array, std::int64_t bytes) {
+    return array != nullptr && reinterpret_cast<std::uintptr_t>(array) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
 std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
 
 // An array of so many elements; null will do for none.
-bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::size_t bytes) {
+bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::int64_t bytes) {
     return size == wanted && (wanted == 0 || aligned(array, bytes));
 }
 
@@ -77,7 +77,7 @@ bool is_matrix(std::int64_t rows, std::int64_t columns, std::int32_t value_type)
 }
 
 bool scales_fit(const float* scales, std::int64_t size, std::int64_t rows, std::int32_t value_type) {
-    return value_type == TRIM_NATIVE_I8 ? fits(scales, size, rows, 4) : scales == nullptr;
+    return scales == nullptr ? value_type != TRIM_NATIVE_I8 : fits(scales, size, rows, 4);
 }
 
 // Fills in `matrix`, whose arrays then have the sizes that the kernels rely on.
@@ -90,7 +90,7 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
               divide_up(given.bitmap_rows, kGroupRows), given.mask, given.group_start, given.values,
               divide_up(given.rows - given.bitmap_rows, kListRows), given.list_start, given.list_columns,
               given.list_values, given.scales};
-    const std::size_t value_bytes = kValueBytes[given.value_type];
+    const std::int64_t value_bytes = kValueBytes[given.value_type];
     if (!fits(given.order, given.order_size, matrix.rows, 4) ||
         !fits(given.mask, given.mask_size, matrix.groups * matrix.words * kGroupRows, 8) ||
         !fits(given.group_start, given.group_start_size, matrix.groups + 1, 8) ||
@@ -114,9 +114,9 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
-// What a thread must at least have to do, in listed weights, for waking it to pay: about 50 us, as long as waking a
-// sleeping thread was seen to take.
-constexpr double kLeastCost = 150000;
+// What a thread of OpenMP must at least have to do, in listed weights, for waking it to pay: about 50 us, as long as
+// waking a sleeping thread was seen to take.
+constexpr std::int32_t kLeastShare = 150000;
 
 // What a weight of a bitmap costs, in listed weights: each column, kept or not, and each kept one besides.
 struct Cost { double column, kept; };
@@ -126,13 +126,13 @@ constexpr Cost kBatchCost = {0.05, 1.0};
 // The groups and blocks of a matrix, in this order, divided among threads.
 class Shares {
   public:
-    Shares(const Matrix& matrix, Cost cost, double tokens, std::int32_t threads)
+    Shares(const Matrix& matrix, Cost cost, double tokens, const TrimNativePool& pool)
         : matrix_(matrix), kept_(cost.kept), group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
-          units_(matrix.groups + matrix.blocks), count_(thread_count(total() * tokens, threads)) {}
+          units_(matrix.groups + matrix.blocks), count_(thread_count(total() * tokens, pool)) {}
 
-    static std::int32_t thread_count(double cost, std::int32_t threads) {
-        const double most = cost / kLeastCost;
-        return most < 1 ? 1 : most < threads ? static_cast<std::int32_t>(most) : threads;
+    static std::int32_t thread_count(double cost, const TrimNativePool& pool) {
+        const double most = cost / pool.least_share;
+        return most < 1 ? 1 : most < pool.threads ? static_cast<std::int32_t>(most) : pool.threads;
     }
 
     std::int32_t count() const { return count_; }
@@ -175,15 +175,32 @@ class Shares {
     std::int32_t count_;
 };
 
-// Runs work(0), ..., work(count - 1), each on a thread of its own if OpenMP is there; whether all returned true.
+// The threads of OpenMP, if it is there.
+TrimNativePool own_threads(std::int32_t threads) {
+    return {threads, kLeastShare,
+            [](void*, std::int32_t count, void (*work)(void*, std::int32_t), void* task) {
+#pragma omp parallel for num_threads(count) schedule(static, 1)  // without OpenMP one after the other
+                for (std::int32_t share = 0; share < count; ++share) work(task, share);
+            },
+            nullptr};
+}
+
+// Runs work(0), ..., work(count - 1) on the threads of the pool; whether all returned true.
 template <typename Work>
-bool run(std::int32_t count, const Work& work) {
-    std::atomic<bool> good{true};
-#pragma omp parallel for num_threads(count) schedule(static, 1) if (count > 1)
-    for (std::int32_t share = 0; share < count; ++share) {
-        if (!work(share)) good.store(false, std::memory_order_relaxed);
-    }
-    return good;
+bool run(const TrimNativePool& pool, std::int32_t count, const Work& work) {
+    if (count == 1) return work(0);
+    struct Task {
+        const Work& work;
+        std::atomic<bool> good;
+    } task{work, {true}};
+    pool.run(
+        pool.context, count,
+        [](void* given, std::int32_t share) {
+            Task& todo = *static_cast<Task*>(given);
+            if (!todo.work(share)) todo.good.store(false, std::memory_order_relaxed);
+        },
+        &task);
+    return task.good;
 }
 
 // ---- scratch ----------------------------------------------------------------------------------------------------
@@ -216,7 +233,7 @@ std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAli
 // ---- one token --------------------------------------------------------------------------------------------------
 
 std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const float* inputs, float* outputs,
-                          std::int32_t threads) {
+                          const TrimNativePool& pool) {
     const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
     const std::int64_t list_floats = matrix.blocks ? kListInputs : 0;
     float* const arranged = reserve(bitmap_floats + list_floats);
@@ -228,8 +245,8 @@ std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const floa
         std::memcpy(plain, inputs, static_cast<std::size_t>(known) * sizeof(float));
     }
     std::memset(outputs, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
-    const Shares shares(matrix, kDecodeCost, 1, threads);
-    const bool good = run(shares.count(), [&](std::int32_t share) {
+    const Shares shares(matrix, kDecodeCost, 1, pool);
+    const bool good = run(pool, shares.count(), [&](std::int32_t share) {
         kernel.lists(matrix, shares.blocks(share), plain, outputs);
         return kernel.bitmap(matrix, shares.groups(share), arranged, outputs);
     });
@@ -295,14 +312,14 @@ Span part(std::int64_t total, std::int32_t share, std::int32_t count) {
 }
 
 // Threads for moving so many floats in or out of panels; each takes about as long as two listed weights.
-std::int32_t packing_threads(std::int64_t floats, std::int32_t threads) {
-    return Shares::thread_count(2.0 * static_cast<double>(floats), threads);
+std::int32_t packing_threads(std::int64_t floats, const TrimNativePool& pool) {
+    return Shares::thread_count(2.0 * static_cast<double>(floats), pool);
 }
 
 std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const float* inputs, std::int64_t tokens,
                             std::int64_t input_stride, float* outputs, std::int64_t output_stride,
-                            std::int32_t threads) {
-    const Shares shares(matrix, kBatchCost, static_cast<double>(tokens), threads);
+                            const TrimNativePool& pool) {
+    const Shares shares(matrix, kBatchCost, static_cast<double>(tokens), pool);
     const std::int32_t count = shares.count();
     const std::int64_t vectors = divide_up(tokens, kernel.lanes);
     const std::size_t token_bytes = static_cast<std::size_t>(vectors * kernel.lanes) * sizeof(float);
@@ -317,21 +334,21 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     float* const packed_outputs = reinterpret_cast<float*>(memory + input_bytes);
     char* const tiles = memory + input_bytes + output_bytes;
 
-    const std::int32_t packers = packing_threads(tokens * matrix.columns, threads);
-    run(packers, [&](std::int32_t share) {
+    const std::int32_t packers = packing_threads(tokens * matrix.columns, pool);
+    run(pool, packers, [&](std::int32_t share) {
         pack_inputs(matrix, part(matrix.words, share, packers), inputs, tokens, input_stride, kernel, packed_inputs);
         const Span bytes = part(static_cast<std::int64_t>(output_bytes), share, packers);
         std::memset(memory + input_bytes + bytes.first, 0, static_cast<std::size_t>(length(bytes)));
         return true;
     });
-    const bool good = run(count, [&](std::int32_t share) {
+    const bool good = run(pool, count, [&](std::int32_t share) {
         void* const tile = tiles + tile_bytes * static_cast<std::size_t>(share);
         return kernel.bitmap(matrix, shares.groups(share), packed_inputs, packed_outputs, vectors, tile) &&
                kernel.lists(matrix, shares.blocks(share), packed_inputs, packed_outputs, vectors, tile);
     });
     if (!good) return TRIM_NATIVE_BAD_MASK;
-    const std::int32_t unpackers = packing_threads(tokens * matrix.rows, threads);
-    run(unpackers, [&](std::int32_t share) {
+    const std::int32_t unpackers = packing_threads(tokens * matrix.rows, pool);
+    run(pool, unpackers, [&](std::int32_t share) {
         unpack_outputs(matrix, part(matrix.rows, share, unpackers), packed_outputs, tokens, output_stride, kernel,
                        outputs);
         return true;
@@ -347,6 +364,13 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
 std::int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, std::int64_t tokens,
                                 std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                                 std::int32_t threads) {
+    const TrimNativePool pool = trim::own_threads(threads);
+    return trim_native_linear_on(&pool, matrix, inputs, tokens, input_stride, outputs, output_stride);
+}
+
+std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeMatrix* matrix, const float* inputs,
+                                   std::int64_t tokens, std::int64_t input_stride, float* outputs,
+                                   std::int64_t output_stride) {
     using namespace trim;
     if (matrix == nullptr) return TRIM_NATIVE_NO_MATRIX;
     Matrix checked;
@@ -354,16 +378,16 @@ std::int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inp
     if (tokens < 0 || tokens > kMostRows || input_stride < checked.columns || output_stride < checked.rows) {
         return TRIM_NATIVE_BAD_INPUTS;
     }
-    if (threads < 1 || threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
-    if (tokens == 1) return multiply_one(checked, kernels.decode[matrix->value_type], inputs, outputs, threads);
+    if (tokens == 1) return multiply_one(checked, kernels.decode[matrix->value_type], inputs, outputs, *pool);
     for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
         const std::int64_t some = first + kChunkTokens < tokens ? kChunkTokens : tokens - first;
         const std::int32_t status =
             multiply_chunk(checked, kernels.batch[matrix->value_type], inputs + first * input_stride, some,
-                           input_stride, outputs + first * output_stride, output_stride, threads);
+                           input_stride, outputs + first * output_stride, output_stride, *pool);
         if (status) return status;
     }
     return TRIM_NATIVE_OK;
@@ -371,23 +395,40 @@ std::int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inp
 
 std::int32_t trim_native_dense(const TrimNativeDense* matrix, const float* inputs, std::int64_t inputs_size,
                                float* outputs, std::int64_t outputs_size, std::int32_t threads) {
+    const TrimNativePool pool = trim::own_threads(threads);
+    return trim_native_dense_on(&pool, matrix, inputs, inputs_size, outputs, outputs_size);
+}
+
+std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDense* matrix, const float* inputs,
+                                  std::int64_t inputs_size, float* outputs, std::int64_t outputs_size) {
     using namespace trim;
     if (matrix == nullptr || !is_matrix(matrix->rows, matrix->columns, matrix->value_type)) return TRIM_NATIVE_NO_MATRIX;
     if (!fits(matrix->values, matrix->values_size, matrix->rows * matrix->columns, kValueBytes[matrix->value_type]) ||
         !scales_fit(matrix->scales, matrix->scales_size, matrix->rows, matrix->value_type)) {
         return TRIM_NATIVE_BAD_SIZE;
     }
-    if (!fits(inputs, inputs_size, matrix->columns, sizeof(float)) ||
-        !fits(outputs, outputs_size, matrix->rows, sizeof(float))) {
+    const std::int64_t tokens = inputs_size / matrix->columns;
+    if (tokens < 0 || tokens > kMostRows || !fits(inputs, inputs_size, tokens * matrix->columns, sizeof(float)) ||
+        !fits(outputs, outputs_size, tokens * matrix->rows, sizeof(float))) {
         return TRIM_NATIVE_BAD_INPUTS;
     }
-    if (threads < 1 || threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
     const DenseMatrix checked{matrix->rows, matrix->columns, matrix->values, matrix->scales};
     const Decode& kernel = kernels_in_use.load(std::memory_order_relaxed)->decode[matrix->value_type];
     const double cost = kDecodeCost.column * static_cast<double>(matrix->rows * matrix->columns);
-    const std::int32_t count = Shares::thread_count(cost, threads);
-    run(count, [&](std::int32_t share) {
-        kernel.dense(checked, part(matrix->rows, share, count), inputs, outputs);
+    const std::int32_t count = Shares::thread_count(cost * static_cast<double>(tokens), *pool);
+    run(*pool, count, [&](std::int32_t share) {
+        const Span rows = part(checked.rows, share, count);
+        if (tokens == 1) {
+            kernel.dense(checked, rows, inputs, outputs);
+            return true;
+        }
+        // Rows that stay in the nearest cache while all tokens pass by.
+        const std::int64_t cached = 2 * divide_up(8192, checked.columns * kValueBytes[matrix->value_type]);
+        for (Span some{rows.first, rows.first}; some.first < rows.last; some.first = some.last) {
+            some.last = some.first + cached < rows.last ? some.first + cached : rows.last;
+            kernel.dense_tokens(checked, some, inputs, tokens, outputs);
+        }
         return true;
     });
     return TRIM_NATIVE_OK;

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from trim_export.converters.int8 import quantize_weight
 from trim_export.errors import EnvironmentLacks, UsageError
-from trim_export.runtimes.native.dense import QuantizedEmbedding, QuantizedLinear, quantize_weight
+from trim_export.runtimes.native.dense import QuantizedEmbedding, QuantizedLinear
 from trim_export.runtimes.native.library import library
 
 __all__ = ["quantize_head"]

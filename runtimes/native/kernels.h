@@ -52,7 +52,7 @@ struct Span { std::int64_t first, last; };
 // Floats that the inputs of lists must have room for: a 16-bit column, right or wrong, is then always inside.
 constexpr std::int64_t kListInputs = 65536;
 
-// One token: y = W x. `arrange` copies x into words * 64 floats, zeros behind the last column, in the order in which
+// One token: y = W x, and for a dense W several without gaps. `arrange` copies x into words * 64 floats, zeros behind the last column, in the order in which
 // the lanes of `bitmap` want it; the others take x as it is. Each row's sum is written to outputs[order[.]]. False when
 // mask and values disagree.
 struct Decode {
@@ -60,6 +60,7 @@ struct Decode {
     bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
     void (*lists)(const Matrix& matrix, Span blocks, const float* inputs, float* outputs);
     void (*dense)(const DenseMatrix& matrix, Span rows, const float* inputs, float* outputs);
+    void (*dense_tokens)(const DenseMatrix& matrix, Span rows, const float* inputs, std::int64_t tokens, float* outputs);
 };
 
 // Several tokens: Y^T = W X^T. Tokens are taken side by side, a vector of `lanes` at a time, and up to `widest` vectors
@@ -229,6 +230,60 @@ void decode_dense(const DenseMatrix& matrix, Span rows, const float* TRIM_RESTRI
     }
 }
 
+// A few rows of a dense matrix by a few tokens: each weight that is loaded meets every token, each input every row.
+template <typename Isa, typename Value, std::int64_t kRows, std::int64_t kTokens>
+void multiply_dense(const DenseMatrix& matrix, std::int64_t row, const float* TRIM_RESTRICT inputs,
+                    float* TRIM_RESTRICT outputs) {
+    constexpr std::int64_t kLanes = Isa::kLanes;
+    const std::int64_t columns = matrix.columns, whole = columns / kLanes * kLanes;
+    const Value* values = static_cast<const Value*>(matrix.values) + row * columns;
+    typename Isa::Vector sums[kRows][kTokens] = {};
+    for (std::int64_t j = 0; j < whole; j += kLanes) {
+        typename Isa::Vector weights[kRows];
+#pragma GCC unroll 8
+        for (std::int64_t r = 0; r < kRows; ++r) weights[r] = Isa::widen(values + r * columns + j);
+#pragma GCC unroll 8
+        for (std::int64_t t = 0; t < kTokens; ++t) {
+            const typename Isa::Vector x = Isa::load(inputs + t * columns + j);
+#pragma GCC unroll 8
+            for (std::int64_t r = 0; r < kRows; ++r) sums[r][t] = Isa::multiply_add(weights[r], x, sums[r][t]);
+        }
+    }
+    for (std::int64_t r = 0; r < kRows; ++r) {
+        for (std::int64_t t = 0; t < kTokens; ++t) {
+            float sum = Isa::total(sums[r][t]);
+            for (std::int64_t j = whole; j < columns; ++j) {
+                sum += widen_one(values[r * columns + j]) * inputs[t * columns + j];
+            }
+            outputs[t * matrix.rows + row + r] = sum * scale_of(matrix.scales, row + r);
+        }
+    }
+}
+
+template <typename Isa, typename Value, std::int64_t kRows>
+void dense_tokens(const DenseMatrix& matrix, Span rows, const float* inputs, std::int64_t tokens, float* outputs) {
+    constexpr std::int64_t kTokens = 4;
+    std::int64_t t = 0;
+    for (; t + kTokens <= tokens; t += kTokens) {
+        for (std::int64_t row = rows.first; row + kRows <= rows.last; row += kRows) {
+            multiply_dense<Isa, Value, kRows, kTokens>(matrix, row, inputs + t * matrix.columns, outputs + t * matrix.rows);
+        }
+    }
+    for (; t < tokens; ++t) {
+        for (std::int64_t row = rows.first; row + kRows <= rows.last; row += kRows) {
+            multiply_dense<Isa, Value, kRows, 1>(matrix, row, inputs + t * matrix.columns, outputs + t * matrix.rows);
+        }
+    }
+}
+
+template <typename Isa, typename Value>
+void decode_dense_tokens(const DenseMatrix& matrix, Span rows, const float* inputs, std::int64_t tokens,
+                         float* outputs) {
+    const std::int64_t paired = rows.first + length(rows) / 2 * 2;
+    dense_tokens<Isa, Value, 2>(matrix, {rows.first, paired}, inputs, tokens, outputs);
+    dense_tokens<Isa, Value, 1>(matrix, {paired, rows.last}, inputs, tokens, outputs);
+}
+
 // ---- several tokens ---------------------------------------------------------------------------------------------
 
 constexpr std::int64_t kTileRows = 128;  // rows whose weights are decoded at a time
@@ -287,14 +342,16 @@ class BitmapTiles {
             prefetch(mask + mask_words, 0);
             for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
             for (std::int64_t i = 0; i < kGroupRows; ++i) {
+                std::int64_t entries = tile.entries;
                 for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
                     const std::int64_t count = popcount(mask[m]);
-                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + tile.entries);
+                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + entries);
                     for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
-                        Isa::store(tile.values + tile.entries + k, Isa::widen(begins[m] + k));
+                        Isa::store(tile.values + entries + k, Isa::widen(begins[m] + k));
                     }
-                    tile.entries += count;
+                    entries += count;
                 }
+                tile.entries = entries;
                 tile.end_row((group - groups_.first) * kGroupRows + i);
             }
         }
@@ -336,22 +393,25 @@ class ListTiles {
 
     bool decode(Span words, Tile<Isa>& tile) {
         const Value* const values = static_cast<const Value*>(matrix_.list_values);
+        const std::uint16_t* const listed = matrix_.list_columns;
         const std::int64_t first = words.first * kWordColumns, last = words.last * kWordColumns;
         tile.entries = 0;
         for (std::int64_t row = 0; row < length(blocks_) * kListRows; ++row) {
             const std::int64_t end = matrix_.list_start[blocks_.first + row / kListRows + 1];
-            std::int64_t entry = next_[row], before = first - 1, column;
-            for (; entry < end && (column = matrix_.list_columns[entry]) < last; entry += kListRows) {
+            // Counted here: a byte that is written to the tile might, for all a compiler knows, be one of its counter.
+            std::int64_t entry = next_[row], before = first - 1, column, count = tile.entries;
+            for (; entry < end && (column = listed[entry]) < last; entry += kListRows) {
                 if (column <= before) {
                     if (column < first) return false;
                     entry = end;
                     break;
                 }
-                tile.columns[tile.entries] = static_cast<std::uint8_t>(column - first);
-                tile.values[tile.entries] = widen_one(values[entry]);
-                ++tile.entries;
+                tile.columns[count] = static_cast<std::uint8_t>(column - first);
+                tile.values[count] = widen_one(values[entry]);
+                ++count;
                 before = column;
             }
+            tile.entries = count;
             next_[row] = entry;
             tile.end_row(row);
         }
@@ -437,7 +497,7 @@ bool multiply_batch(const Matrix& matrix, Span all, const float* inputs, float* 
 template <typename Isa, typename Value>
 constexpr Decode decode_kernel() {
     return {Isa::arrangement(static_cast<const Value*>(nullptr)), decode_bitmap<Isa, Value>, decode_lists<Isa, Value>,
-            decode_dense<Isa, Value>};
+            decode_dense<Isa, Value>, decode_dense_tokens<Isa, Value>};
 }
 
 template <typename Isa, typename Value>

@@ -50,7 +50,7 @@ class NativeWeights(nn.Module):
     """A `NativeMatrix` as buffers, so that it moves, casts and copies with its model.
 
     Args:
-        matrix: the weights; or int8 values, to be multiplied by ``scales`` (`converters.bitmap_4x64.quantize_rows`).
+        matrix: the weights; or int8 values, to be multiplied by ``scales`` (`converters.int8.quantize_rows`).
         scales: float32 ``[rows]`` or None.
     """
 

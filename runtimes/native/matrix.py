@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trim_export.converters import Bitmap4x64, SparseMatrix
+from trim_export.converters.sell8 import BLOCK, encode_lists, list_entries
 from trim_export.errors import UsageError
 from trim_export.runtimes.native.library import TAIL, VALUE_TYPES, address, refuse, required
 
@@ -20,7 +21,6 @@ LIST_COLUMNS = 2**16
 """Columns that a list can name; wider matrices are bitmaps throughout."""
 
 _GROUP = 4  # rows of a bitmap that stand together
-_BLOCK = 8  # rows of lists that stand together
 
 
 class _Struct(ctypes.Structure):
@@ -88,7 +88,7 @@ class NativeMatrix:
                 f"not {list(self.order.shape)}, {list(self.mask.shape)} and {self.columns}"
             )
         rows, groups = len(self.order), len(self.mask)
-        blocks = max(-(-(rows - _GROUP * groups) // _BLOCK), 0)
+        blocks = max(-(-(rows - _GROUP * groups) // BLOCK), 0)
         dtype, entries = self.values.dtype, self.list_columns.numel()
         wanted = {
             "order": (torch.int32, (rows,)),
@@ -176,7 +176,7 @@ class NativeMatrix:
             }
             upper = Bitmap4x64().decode(parts, (top, self.columns))
             mask[:top], dense[:top] = upper.mask, upper.to_dense().to(dense.dtype)
-        place, entry = _list_entries(self.counts[top:], self.list_start)
+        place, entry = list_entries(self.counts[top:], self.list_start)
         column = self.list_columns[entry].long() & 0xFFFF
         mask[top + place, column] = True
         dense[top + place, column] = self.list_values[entry]
@@ -217,7 +217,7 @@ def lay_out(matrix: SparseMatrix, scales: Tensor | None, list_density: float) ->
     """``matrix`` for the kernels; rows that keep at most ``list_density`` of their weights become lists.
 
     Args:
-        matrix: on the CPU; of int8 values (`trim_export.converters.bitmap_4x64.quantize_rows`) with ``scales``.
+        matrix: on the CPU; of int8 values (`trim_export.converters.int8.quantize_rows`) with ``scales``.
         scales: float32 ``[rows]`` or None.
         list_density: between 0 (only empty rows) and 1 (all).
     """
@@ -235,7 +235,7 @@ def lay_out(matrix: SparseMatrix, scales: Tensor | None, list_density: float) ->
         upper = Bitmap4x64().encode(SparseMatrix(mask[:top], values[:split]))
         words, values[:split] = upper["weight_mask"], upper["weight_values"]
     of_groups = pad(counts[:top], (0, -top % _GROUP)).reshape(-1, _GROUP).sum(dim=1)
-    list_start, list_columns, list_values = _lists(mask[top:], values[split:], counts[top:])
+    list_start, list_columns, list_values = encode_lists(mask[top:], values[split:], counts[top:])
     return NativeMatrix(
         columns,
         order.int(),
@@ -248,28 +248,3 @@ def lay_out(matrix: SparseMatrix, scales: Tensor | None, list_density: float) ->
         list_values,
         scales,
     )
-
-
-def _lists(mask: Tensor, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Starts, columns and values of rows as lists."""
-    lengths = pad(counts, (0, -len(counts) % _BLOCK)).reshape(-1, _BLOCK)
-    steps = lengths.amax(dim=1) if len(lengths) else lengths.sum(dim=1)
-    steps = steps + steps % 2
-    start = pad((steps * _BLOCK).cumsum(0), (1, 0))
-    _, entry = _list_entries(counts, start)
-    column = mask.nonzero()[:, 1]
-    last = torch.zeros(lengths.numel(), dtype=torch.int64)
-    last[: len(counts)][counts > 0] = column[(counts.cumsum(0) - 1)[counts > 0]]
-    filled = last.reshape(-1, _BLOCK).repeat_interleave(steps, dim=0).reshape(-1)
-    filled[entry] = column
-    spread = values.new_zeros(filled.numel())
-    spread[entry] = values
-    return start, filled.to(torch.int16), spread
-
-
-def _list_entries(counts: Tensor, list_start: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each weight in lists, row by row: the place of its row among them, and where it stands."""
-    lengths = counts.long()
-    place = torch.arange(len(lengths)).repeat_interleave(lengths)
-    step = torch.arange(len(place)) - (lengths.cumsum(0) - lengths)[place]
-    return place, list_start[place // _BLOCK] + step * _BLOCK + place % _BLOCK

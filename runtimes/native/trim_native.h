@@ -32,7 +32,7 @@ extern "C" {
 
 #define TRIM_NATIVE_API __attribute__((visibility("default")))
 
-// How a value is stored. 8-bit integers are multiplied by the scale of their row; the others stand for themselves.
+// How a value is stored. Each is multiplied by the scale of its row, which only 8-bit integers must have.
 enum { TRIM_NATIVE_F32, TRIM_NATIVE_BF16, TRIM_NATIVE_F16, TRIM_NATIVE_I8 };
 
 // Values that must be readable behind the last one, whatever they are: a kernel loads whole registers, then selects.
@@ -69,7 +69,7 @@ typedef struct TrimNativeMatrix {
     int64_t list_columns_size;
     const void* list_values;    // [list_start[blocks]]
     int64_t list_values_size;
-    const float* scales;        // [rows] for 8-bit integers, in the order of the rows of W; else null
+    const float* scales;        // [rows] in the order of the rows of W; null, but for 8-bit integers: 1 for each row
     int64_t scales_size;
     int32_t value_type;
 } TrimNativeMatrix;
@@ -79,10 +79,19 @@ typedef struct TrimNativeDense {
     int64_t rows, columns;      // below 2^31
     const void* values;         // [rows, columns]
     int64_t values_size;
-    const float* scales;        // [rows] for 8-bit integers, else null
+    const float* scales;        // as of a sparse matrix
     int64_t scales_size;
     int32_t value_type;
 } TrimNativeDense;
+
+// Threads to share work among. `run` calls work(task, 0), ..., work(task, count - 1), in any order and on any threads,
+// and returns when all of them have.
+typedef struct TrimNativePool {
+    int32_t threads;     // work is divided into at most so many shares
+    int32_t least_share; // and into none that costs less than so many weights, about 0.3 ns each: what waking one takes
+    void (*run)(void* context, int32_t count, void (*work)(void* task, int32_t share), void* task);
+    void* context;
+} TrimNativePool;
 
 // outputs[t, i] = sum_j W[i, j] inputs[t, j], summed in float32.
 //
@@ -94,10 +103,18 @@ TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);
 
-// outputs[i] = sum_j W[i, j] inputs[j] for one token and a dense W, summed in float32; the same bits for any number of
-// threads.
+// The same on the host's own threads.
+TRIM_NATIVE_API int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeMatrix* matrix,
+                                              const float* inputs, int64_t tokens, int64_t input_stride, float* outputs,
+                                              int64_t output_stride);
+
+// The same for a dense W and tokens without gaps; their sizes say how many there are.
 TRIM_NATIVE_API int32_t trim_native_dense(const TrimNativeDense* matrix, const float* inputs, int64_t inputs_size,
                                           float* outputs, int64_t outputs_size, int32_t threads);
+
+TRIM_NATIVE_API int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDense* matrix,
+                                             const float* inputs, int64_t inputs_size, float* outputs,
+                                             int64_t outputs_size);
 
 // The instruction set in use: "portable", "avx2" or "avx512". The best this processor has, unless one was selected.
 TRIM_NATIVE_API const char* trim_native_isa(void);

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.converters.int8 import quantize_rows
 from trim_export.runtimes.native import lay_out
 
 CASES = int(os.environ.get("TRIM_SANITIZED_CASES", "1500"))

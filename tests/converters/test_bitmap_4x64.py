@@ -13,7 +13,7 @@ from strategies import assert_same, dense64, matrices
 from torch import Tensor
 
 from trim_export.converters import Bitmap4x64, SparseMatrix, nbytes
-from trim_export.converters.bitmap_4x64 import quantize_rows
+from trim_export.converters.int8 import quantize_rows
 from trim_export.errors import ArtifactError
 
 

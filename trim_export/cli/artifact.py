@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trim_export.cli.common import Directory, Json, app, out, track, write_json
-from trim_export.errors import ArtifactError, CheckFailed, UsageError, first_line
+from trim_export.errors import ArtifactError, CheckFailed, EnvironmentLacks, UsageError, choose, first_line
+
+if TYPE_CHECKING:
+    from trim_export.artifact import Artifact
 
 
 @app.command()
 def convert(
     directory: Directory,
-    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, g8, csr-interleaved, dense or scipy.")],
+    to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, g8, csr-interleaved, dense, scipy or onnx.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
+    encoding: Annotated[str | None, typer.Option(help="In onnx: csr (default; faster) or bitmap (smaller).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of kept weights in onnx: float32, bfloat16, float16, int8; else as stored.")
+    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Of LM head and embedding in onnx: stored or int8.")] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="A dense onnx, for runtimes without our operators.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Rewrite an artifact in another encoding, as a dense model, or as scipy files."""
+    """Rewrite an artifact in another encoding, as a dense model, as scipy files, or for ONNX Runtime."""
     from trim_export.artifact import open_artifact
-    from trim_export.convert import convert as convert_artifact
     from trim_export.report import megabytes, table
 
-    result = convert_artifact(open_artifact(directory), to, output, _parse_block(block), track)
+    only_onnx = {"--encoding": encoding, "--dtype": dtype, "--lm-head": lm_head, "--portable": portable or None}
+    given = [name for name, value in only_onnx.items() if value is not None]
+    if given and to != "onnx":
+        raise UsageError(f"{given[0]} belongs to --to onnx, not to {to}")
+    if portable and len(given) > 1:
+        raise UsageError(f"--portable is dense and as stored; leave out {given[0]}")
+    artifact, blocks = open_artifact(directory), _parse_block(block)
+    if to == "onnx":
+        if blocks is not None:
+            raise UsageError("--block belongs to --to bsr, not to onnx")
+        result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head or "stored", portable)
+    else:
+        from trim_export.convert import convert as convert_artifact
+
+        result = convert_artifact(artifact, to, output, blocks, track)
     out.print(
         table(
             f"{to} in {output}",
@@ -36,6 +61,23 @@ def convert(
         )
     )
     write_json(json_file, result)
+
+
+def _to_onnx(
+    artifact: Artifact, output: Path, encoding: str, dtype: str | None, lm_head: str, portable: bool
+) -> dict[str, Any]:
+    if importlib.util.find_spec("onnx") is None:
+        raise EnvironmentLacks("ONNX export needs its packages: pip install 'trim-export[cpu]'")
+    from trim_export.convert_onnx import convert_to_onnx
+    from trim_export.converters.onnx import SPARSE, VALUES, Form
+    from trim_export.runtimes import LM_HEADS
+
+    stored = artifact.manifest["source"]["dtype"]
+    choose("encoding of onnx", encoding, SPARSE)
+    choose("dtype", dtype or stored, VALUES)
+    choose("LM head", lm_head, LM_HEADS)
+    form = Form(encoding, dtype or stored, stored if lm_head == "stored" else lm_head)
+    return convert_to_onnx(artifact, output, None if portable else form, track)
 
 
 def _parse_block(text: str | None) -> tuple[int, int] | None:

@@ -88,11 +88,17 @@ def measure_perplexity(
 def open_quietly(directory: Path) -> Artifact:
     """Open an artifact, and keep transformers from printing."""
     from trim_export.artifact import open_artifact
-    from trim_export.models import quiet_transformers
 
     artifact = open_artifact(directory)
-    quiet_transformers()
+    quiet()
     return artifact
+
+
+def quiet() -> None:
+    """Keep transformers from printing."""
+    from trim_export.models import quiet_transformers
+
+    quiet_transformers()
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

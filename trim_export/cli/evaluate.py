@@ -140,9 +140,12 @@ def _load_any(source: str, runtime: str) -> Loaded:
     from trim_export.artifact import JOURNAL, MANIFEST, open_artifact
     from trim_export.models import load_model, quiet_transformers
     from trim_export.runtimes import load
+    from trim_export.runtimes.onnxruntime import is_onnx
 
     quiet_transformers()
     path = Path(source)
+    if is_onnx(path):
+        return load(path, "auto" if runtime == "dense" else runtime), read_tokenizer(path)
     if (path / MANIFEST).exists() or (path / JOURNAL).exists():
         open_artifact(path)
         return load(path, runtime), read_tokenizer(path)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Directory, LmHead, app, open_quietly, read_tokenizer
+from trim_export.cli.common import Directory, LmHead, app, open_quietly, quiet, read_tokenizer
 from trim_export.errors import UsageError
 
 
@@ -19,8 +19,13 @@ def generate(
     lm_head: LmHead = "stored",
 ) -> None:
     """Continue a prompt (greedy)."""
-    open_quietly(directory)
     from trim_export.runtimes import load
+    from trim_export.runtimes.onnxruntime import is_onnx
+
+    if is_onnx(directory):
+        quiet()
+    else:
+        open_quietly(directory)
 
     tokenizer = read_tokenizer(directory)
     tokens = tokenizer(prompt, return_tensors="pt")

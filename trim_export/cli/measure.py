@@ -16,26 +16,43 @@ from trim_export.cli.common import (
     app,
     open_quietly,
     out,
+    quiet,
     read_tokenizer,
     track,
     write_json,
 )
-from trim_export.errors import CheckFailed, choose
+from trim_export.errors import CheckFailed, UsageError, choose
 
 
 @app.command()
-def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = None) -> None:
+def verify(
+    directory: Directory,
+    runtime: Runtimes = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Of an ONNX directory, the artifact; else its own standard operators are.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
     """Compare every runtime with the dense masked model on real prompts; exit code 1 outside the tolerances."""
     from trim_export.report import table
-
-    artifact = open_quietly(directory)
     from trim_export.runtimes import available_runtimes
+    from trim_export.runtimes.onnxruntime import EXECUTIONS, is_onnx
     from trim_export.verify import verify as verify_artifact
+    from trim_export.verify import verify_onnx
 
-    result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes(), track)
+    if is_onnx(directory):
+        quiet()
+        names = runtime or [name for name in EXECUTIONS if reference is not None or EXECUTIONS[name]]
+        result = verify_onnx(directory, read_tokenizer(directory), names, reference, track)
+    elif reference is not None:
+        raise UsageError("--reference belongs to an ONNX directory; an artifact is compared with itself, run densely")
+    else:
+        artifact = open_quietly(directory)
+        result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes(), track)
+    against = "standard operators" if is_onnx(directory) and reference is None else "the dense masked model in float32"
     out.print(
         table(
-            "parity with the dense masked model in float32 (prefill and cached decode)",
+            f"parity with {against} (prefill and cached decode)",
             ("runtime", "dtype", "max |diff|", "KL", "argmax agreement", "tolerance", "passed"),
             [
                 (
@@ -51,13 +68,14 @@ def verify(directory: Directory, runtime: Runtimes = None, json_file: Json = Non
             ],
         )
     )
-    if result["pattern"]["name"] != "none":
-        out.print(f"pattern {result['pattern']['name']}: {'holds' if result['pattern']['passed'] else 'BROKEN'}")
+    pattern = result.get("pattern", {"name": "none", "passed": True})
+    if pattern["name"] != "none":
+        out.print(f"pattern {pattern['name']}: {'holds' if pattern['passed'] else 'BROKEN'}")
     write_json(json_file, result)
     if not result["passed"]:
         failed = [row["name"] for row in result["runtimes"] if not row["passed"]]
-        if not result["pattern"]["passed"]:
-            failed.append(f"pattern {result['pattern']['name']}")
+        if not pattern["passed"]:
+            failed.append(f"pattern {pattern['name']}")
         raise CheckFailed(f"{directory}: outside the tolerance: {', '.join(failed)}")
 
 
@@ -72,6 +90,9 @@ def bench(
     generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     lm_head: LmHead = "stored",
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="An ONNX directory to measure in the same run; repeat for several.")
+    ] = None,
     tune: Annotated[
         Path | None,
         typer.Option(
@@ -83,21 +104,30 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Measure latency and memory of each runtime against the dense model, interleaved, each in its own process."""
-    artifact = open_quietly(directory)
-    if tune is not None:
-        write_json(json_file, _tune(directory, tune))
-        return
-
-    from trim_export.bench import Workload, contestants
-    from trim_export.bench import bench as bench_artifact
+    from trim_export.bench import Workload, contestants, onnx_contestants
+    from trim_export.bench import bench as bench_entries
     from trim_export.forward import choose_device
     from trim_export.report import bench_table
     from trim_export.runtimes import LM_HEADS, available_runtimes
+    from trim_export.runtimes.onnxruntime import EXECUTIONS, is_onnx
 
+    if tune is not None:
+        write_json(json_file, _tune(directory, tune))
+        return
+    others = beside or []
+    for path in others:
+        if not is_onnx(path):
+            raise UsageError(f"{path}: no ONNX directory")
     place = choose_device(device).type
     workload = Workload(tuple(batch or (1,)), prompt, generate, repeats, threads, place)
-    entries = contestants(artifact, runtime or available_runtimes(place), choose("LM head", lm_head, LM_HEADS))
-    result = bench_artifact(artifact, entries, workload)
+    head = choose("LM head", lm_head, LM_HEADS)
+    if is_onnx(directory):
+        quiet()
+        entries = onnx_contestants(directory, runtime or EXECUTIONS)
+    else:
+        entries = contestants(open_quietly(directory), runtime or available_runtimes(place), head)
+    entries += [entry for path in others for entry in onnx_contestants(path, ["onnxruntime"])]
+    result = bench_entries(entries, workload)
     out.print(bench_table(result))
     write_json(json_file, result)
 
@@ -115,6 +145,7 @@ def _tune(directory: Path, table: Path) -> dict[str, Any]:
     from trim_export.runtimes.triton.timing import gpu_times, tune
     from trim_export.runtimes.triton.tuning import read_table, write_choice
 
+    open_quietly(directory)
     read_table(table)  # a damaged one is told before anything is timed
     model = load(directory, "triton", device="cuda")
     layers = [module.tensors() for module in model.modules() if isinstance(module, PackedRows)]

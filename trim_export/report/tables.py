@@ -166,8 +166,8 @@ def bench_table(result: dict[str, Any]) -> Table:
                 f"{row['median_ms']:.1f}",
                 f"{row['min_ms']:.1f}",
                 f"{row['tokens_per_s']:.1f}",
-                f"{row['ratio_to_dense']:.2f}",
-                f"{row['ratio_to_fastest_dense']:.2f}",
+                _ratio(row["ratio_to_dense"]),
+                _ratio(row["ratio_to_fastest_dense"]),
                 megabytes(row["weight_bytes"]),
                 megabytes(row["peak_memory_bytes"]),
                 f"{row['load_s']:.1f}",
@@ -175,6 +175,10 @@ def bench_table(result: dict[str, Any]) -> Table:
             for row in result["rows"]
         ],
     )  # fmt: skip
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def recovery_table(manifest: dict[str, Any]) -> Table:

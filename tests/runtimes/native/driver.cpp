@@ -271,21 +271,28 @@ void check_dense(std::int64_t rows, std::int64_t columns, std::int32_t type) {
         for (std::size_t b = 0; b < bytes; ++b) stream.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
     }
     const Array<std::uint8_t> values(stream);
-    const Array<float> x(random_floats(columns)), y(random_floats(rows)), scales(random_floats(rows));
-    const bool scaled = type == TRIM_NATIVE_I8;
-    const TrimNativeDense good{rows, columns, values.get(), rows * columns, scaled ? scales.get() : nullptr,
-                               scaled ? rows : 0, type};
-    CHECK(trim_native_dense(&good, x.get(), columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
-    bool right = true;
-    for (std::int64_t i = 0; i < rows; ++i) {
-        double sum = 0, size = 0;
-        for (std::int64_t j = 0; j < columns; ++j) {
-            const double weight = meanings[static_cast<std::size_t>(i * columns + j)] * (scaled ? scales[i] : 1.0);
-            sum += weight * x[j], size += std::fabs(weight * x[j]);
+    constexpr std::int64_t tokens = 3;
+    const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows)), scales(random_floats(rows));
+    for (const bool scaled : {true, false}) {
+        if (!scaled && type == TRIM_NATIVE_I8) continue;
+        const TrimNativeDense good{rows, columns, values.get(), rows * columns, scaled ? scales.get() : nullptr,
+                                   scaled ? rows : 0, type};
+        CHECK(trim_native_dense(&good, x.get(), tokens * columns, y.get(), tokens * rows, 2) == TRIM_NATIVE_OK);
+        bool right = true;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            for (std::int64_t i = 0; i < rows; ++i) {
+                double sum = 0, size = 0;
+                for (std::int64_t j = 0; j < columns; ++j) {
+                    const double scale = scaled ? scales[i] : 1.0;
+                    const double weight = meanings[static_cast<std::size_t>(i * columns + j)] * scale;
+                    sum += weight * x[t * columns + j], size += std::fabs(weight * x[t * columns + j]);
+                }
+                right = right && std::fabs(y[t * rows + i] - sum) <= 1e-6 * size;
+            }
         }
-        right = right && std::fabs(y[i] - sum) <= 1e-6 * size;
+        CHECK(right);
     }
-    CHECK(right);
+    const TrimNativeDense good{rows, columns, values.get(), rows * columns, scales.get(), rows, type};
     const auto refused = [&](std::int32_t status, const auto& change) {
         TrimNativeDense wrong = good;
         change(wrong);
@@ -296,7 +303,8 @@ void check_dense(std::int64_t rows, std::int64_t columns, std::int32_t type) {
     refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeDense& m) { m.value_type = 4; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.values = nullptr; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.values_size -= 1; });
-    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeDense& m) { m.scales = scaled ? nullptr : scales.get(); });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.scales_size -= 1; });
+    if (type == TRIM_NATIVE_I8) refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeDense& m) { m.scales = nullptr; });
     CHECK(trim_native_dense(&good, nullptr, columns, y.get(), rows, 1) == TRIM_NATIVE_BAD_INPUTS);
     CHECK(trim_native_dense(&good, x.get(), columns + 1, y.get(), rows, 1) == TRIM_NATIVE_BAD_INPUTS);
     CHECK(trim_native_dense(&good, x.get(), columns, y.get(), rows - 1, 1) == TRIM_NATIVE_BAD_INPUTS);
@@ -337,7 +345,7 @@ void check_arguments() {
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.values = nullptr; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.values_size = 63; });
     refused(TRIM_NATIVE_BAD_MASK, [](TrimNativeMatrix& m) { m.values_size -= 1; });
-    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { m.scales = x.get(), m.scales_size = 6; });
+    refused(TRIM_NATIVE_BAD_SIZE, [&](TrimNativeMatrix& m) { m.scales = x.get(), m.scales_size = 5; });
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& m) { m.value_type = TRIM_NATIVE_I8; });
     const auto misaligned = [](const auto*& array) {
         array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(array) + 1);

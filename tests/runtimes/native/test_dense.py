@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from native_layers import available, needs_library
 from torch import Tensor, nn
 
+from trim_export.converters.int8 import quantize_weight
 from trim_export.errors import UsageError
 from trim_export.runtimes.native.dense import (
     DenseLinear,
     QuantizedEmbedding,
     QuantizedLinear,
     multiply_dense,
-    quantize_weight,
 )
 from trim_export.runtimes.native.library import select_isa
 
@@ -71,7 +71,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
         (torch.ones(4), torch.ones(12), None, "cannot multiply"),
         (torch.ones(4), torch.ones(4, 3).T, None, "without gaps"),
         (torch.ones(4), torch.ones(3, 4, device="meta"), None, "on the CPU"),
-        (torch.ones(4), torch.ones(3, 4), torch.ones(3), "wrong length"),
+        (torch.ones(4), torch.ones(3, 4), torch.ones(2), "wrong length"),
         (torch.ones(4), torch.ones(3, 4, dtype=torch.int8), None, "wrong length"),
         (torch.ones(4), torch.ones(3, 4, dtype=torch.int8), torch.ones(2), "wrong length"),
         (torch.ones(4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3).double(), "scales"),

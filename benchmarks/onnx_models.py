@@ -1,0 +1,183 @@
+"""One artifact in every ONNX form beside the dense model and its int4, and single layers: sizes, load, memory, speed.
+
+    python -m benchmarks.onnx_models ARTIFACT --model MODEL --work DIRECTORY [--json FILE]
+
+Models are made once, in ``--work``, and kept. The int4 rival is onnxruntime-genai's own of the *dense* model; fidelity
+is the KL divergence from that model on the prompts of ``verify``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from trim_export.artifact import open_artifact
+from trim_export.bench import Workload, bench, contestants, onnx_contestants
+from trim_export.convert_onnx import convert_to_onnx
+from trim_export.converters.onnx import MODEL, SPARSE, VALUES, Form, build, sparsify
+from trim_export.evaluate import divergence
+from trim_export.models import load_model, quiet_transformers
+from trim_export.report import bench_table, megabytes, table
+from trim_export.runtimes import load
+from trim_export.runtimes.onnxruntime import open_session
+from trim_export.verify import PROMPTS
+
+FORMS = {
+    "dense": None,
+    "csr-fp32": Form("csr", "float32", "float32"),
+    "bitmap-fp32": Form("bitmap", "float32", "float32"),
+    "csr-bf16-int8head": Form("csr", "bfloat16", "int8"),
+    "bitmap-bf16-int8head": Form("bitmap", "bfloat16", "int8"),
+    "csr-int8-int8head": Form("csr", "int8", "int8"),
+}
+SIDE = 4096
+SPARSITY = 0.8
+
+
+def main() -> None:
+    """Make what is missing, measure everything, print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--model", required=True, help="the dense model that the artifact was made of")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the ONNX models")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    quiet_transformers()
+    options.work.mkdir(parents=True, exist_ok=True)
+    made = {name: _make(open_artifact(options.artifact), options.work / name, form) for name, form in FORMS.items()}
+    int4 = _make_int4(options.model, options.work / "int4")
+    layers = _layers(options.work / "layers", options.threads, options.rounds)
+    fidelity = _fidelity(options.model, options.artifact, made | {"int4": int4})
+    entries = [entry for name in FORMS for entry in onnx_contestants(made[name], ["onnxruntime"])]
+    entries += onnx_contestants(made["csr-fp32"], ["onnxruntime-functions"]) + onnx_contestants(int4, ["onnxruntime"])
+    entries += contestants(open_artifact(options.artifact), ["native"])[2:]
+    workload = Workload(prompt=options.prompt, repeats=options.rounds, threads=options.threads)
+    result = bench(entries, workload) | {"layers": layers, "fidelity": fidelity}
+    console = Console(width=180)
+    console.print(bench_table(result))
+    console.print(
+        table(
+            f"{SIDE} x {SIDE} at {SPARSITY:.0%}, {options.threads} threads, median (minimum) ms",
+            ("form", "file", "1 token", "x dense", "32 tokens", "x dense"),
+            [
+                (name, megabytes(row["bytes"]), *_layer_cells(layers, name, "1"), *_layer_cells(layers, name, "32"))
+                for name, row in layers.items()
+            ],
+        )
+    )
+    console.print(
+        table(
+            "KL divergence on the prompts of verify, and the same most likely token",
+            ("form", "to the dense model", "agreement", "to the pruned model", "agreement"),
+            [(name, *(f"{value:.3g}" for value in row.values())) for name, row in fidelity.items()],
+        )
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _make(artifact: Any, folder: Path, form: Form | None) -> Path:
+    if not folder.exists():
+        convert_to_onnx(artifact, folder, form)
+    return folder
+
+
+def _make_int4(model: str, folder: Path) -> Path:
+    if not folder.exists():
+        plain = folder.with_name("dense-model")
+        dense = load_model(model)
+        dense.model.save_pretrained(plain)
+        dense.tokenizer.save_pretrained(plain)
+        build(plain, folder, "int4")
+    return folder
+
+
+@torch.inference_mode()
+def _fidelity(model: str, artifact: Path, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
+    dense = load_model(model)
+    prompts = [torch.tensor(dense.tokenizer(text)["input_ids"])[None] for text in PROMPTS]
+
+    def logits(loaded: Any) -> torch.Tensor:
+        return torch.cat([loaded(prompt).logits[0].float() for prompt in prompts])
+
+    expected, pruned = logits(dense.model), logits(load(artifact, "dense", dtype=torch.float32))
+    rows = {}
+    for name, folder in folders.items():
+        given = logits(load(folder))
+        to_dense, to_pruned = divergence(expected, given), divergence(pruned, given)
+        rows[name] = {
+            "kl_to_dense": to_dense.kl,
+            "agreement_with_dense": to_dense.argmax_agreement,
+            "kl_to_pruned": to_pruned.kl,
+            "agreement_with_pruned": to_pruned.argmax_agreement,
+        }
+    return rows
+
+
+def _layers(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """One product alone. All forms together are more than a cache holds, so that each round finds its weights cold."""
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((SIDE, SIDE), np.float32)
+    weight[generator.random((SIDE, SIDE)) < SPARSITY] = 0
+    folders = {"dense": folder / "dense"}
+    folders["dense"].mkdir(parents=True, exist_ok=True)
+    _write_product(folders["dense"], weight)
+    for encoding in SPARSE:
+        for values in VALUES:
+            name = f"{encoding} {values}"
+            folders[name] = folder / name
+            folders[name].mkdir(exist_ok=True)
+            sparsify(folders["dense"], folders[name], Form(encoding, values))
+    sessions = {name: open_session(place, threads=threads) for name, place in folders.items()}
+    times: dict[tuple[str, int], list[float]] = {}
+    for round_ in range(rounds * 3 + 1):
+        for tokens in (1, 32):
+            inputs = {"A": generator.standard_normal((tokens, SIDE), np.float32)}
+            for name, session in sessions.items():
+                begin = time.perf_counter()
+                session.run(inputs)
+                if round_:
+                    times.setdefault((name, tokens), []).append((time.perf_counter() - begin) * 1000)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, place in folders.items():
+        rows[name] = {"bytes": sum(file.stat().st_size for file in place.iterdir())}
+        for tokens in (1, 32):
+            samples = times[name, tokens]
+            rows[name][str(tokens)] = {"median_ms": statistics.median(samples), "min_ms": min(samples)}
+    return rows
+
+
+def _write_product(folder: Path, weight: np.ndarray[Any, Any]) -> None:
+    rows, columns = weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["A", "W"], ["Y"])],
+        "product",
+        [helper.make_tensor_value_info("A", TensorProto.FLOAT, ["tokens", columns])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["tokens", rows])],
+        [numpy_helper.from_array(np.ascontiguousarray(weight.T), "W")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / f"{MODEL}.data").unlink(missing_ok=True)
+    onnx.save_model(model, folder / MODEL, save_as_external_data=True, location=f"{MODEL}.data")
+
+
+def _layer_cells(layers: dict[str, dict[str, Any]], name: str, tokens: str) -> tuple[str, str]:
+    mine, dense = layers[name][tokens], layers["dense"][tokens]
+    return f"{mine['median_ms']:.2f} ({mine['min_ms']:.2f})", f"{dense['median_ms'] / mine['median_ms']:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The dense graph that everything starts from: onnxruntime-genai's model builder, or torch's own exporter.
+
+The builder knows a list of architectures and fuses their attention; what it writes runs in onnxruntime-genai. What it
+does not know is traced (`trim_export.converters.onnx.traced`), which takes longer and runs somewhat slower. Both run in
+a process of their own: they print, warn, and hold the dense model in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from trim_export.converters.onnx.graph import MODEL
+from trim_export.errors import EnvironmentLacks, ModelError
+
+__all__ = ["PRECISIONS", "build"]
+
+PRECISIONS = {"fp32": "float32", "int4": "int4 by round to nearest", "int8": "int8 by round to nearest"}
+"""What the builder can make for a CPU; quantised ones serve as rivals."""
+
+_BUILDER = "onnxruntime_genai.models.builder"
+_UNKNOWN = "is not currently supported"  # what the builder says of an architecture that it does not know
+
+
+def build(dense: Path, out: Path, precision: str = "fp32") -> str:
+    """Write the model in directory ``dense`` as ONNX to directory ``out``, with its weights beside the graph.
+
+    Args:
+        dense: a plain Hugging Face directory.
+        out: must not exist.
+        precision: a name in `PRECISIONS`; all but fp32 need the builder.
+
+    Returns:
+        What made it, with its version.
+
+    Raises:
+        EnvironmentLacks: the exporters are not installed.
+        ModelError: neither of them can make a graph of this model.
+    """
+    if importlib.util.find_spec("onnx_ir") is None:
+        raise EnvironmentLacks("ONNX export needs its packages: pip install 'trim-export[cpu]'")
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        shared = ["--extra_options", "shared_embeddings=true"]
+        options = ["-i", str(dense), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out / ".cache"), *shared]
+        failure = _run(_BUILDER, options, out)
+        if failure is None:
+            return f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
+        if _UNKNOWN not in failure:
+            raise ModelError(f"{dense}: onnxruntime-genai's model builder failed ({failure})")
+    if precision != "fp32":
+        raise ModelError(f"{dense}: only onnxruntime-genai's model builder makes {precision}, and not of this model")
+    failure = _run("trim_export.converters.onnx.traced", [str(dense), str(out)], out)
+    if failure is not None:
+        raise ModelError(f"{dense}: torch.onnx cannot export this model ({failure})")
+    return f"torch.onnx of torch {importlib.metadata.version('torch')}"
+
+
+def _run(module: str, options: list[str], out: Path) -> str | None:
+    """The last line that a failing module printed; None on success."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *options],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode == 0 and (out / MODEL).is_file():
+        return None
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"

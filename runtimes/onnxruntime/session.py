@@ -1,0 +1,102 @@
+"""ONNX Runtime sessions of untrusted directories, with our operators where they can be had."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trim_export.errors import ArtifactError, EnvironmentLacks, first_line
+from trim_export.shared_library import find_library
+from trim_export.storage import refuse_special_files
+
+__all__ = ["LIBRARY", "ONNX_MANIFEST", "Session", "empty_cache", "open_session", "operator_library"]
+
+LIBRARY = "libtrim_onnxruntime.so"
+"""File name of the operator library, in this package and in exported directories."""
+
+ONNX_MANIFEST = "trim_onnx.json"
+"""What an exported directory says of how it was made."""
+
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model.
+
+    Attributes:
+        native: the `onnxruntime.InferenceSession`.
+        kernels: whether our operators execute; None if the model has none of them.
+        inputs: shapes of what it takes by name, where a side may be a word.
+        outputs: names of what it gives.
+    """
+
+    native: Any
+    kernels: bool | None
+    inputs: Mapping[str, Sequence[int | str]]
+    outputs: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs by name."""
+        return dict(zip(self.outputs, self.native.run(self.outputs, inputs), strict=True))
+
+
+def operator_library() -> Path | None:
+    """Our operators for ONNX Runtime, or None where they were not compiled."""
+    return find_library("runtimes", "onnxruntime", LIBRARY)
+
+
+def open_session(directory: Path, kernels: bool = True, threads: int | None = None) -> Session:
+    """Load ``model.onnx`` of a directory on the CPU.
+
+    Args:
+        directory: with the graph and its weights.
+        kernels: register our operators; without them ONNX Runtime decodes what it loads and multiplies densely.
+        threads: of the session; None leaves its choice.
+
+    Raises:
+        EnvironmentLacks: onnxruntime, or our operators if ``kernels``, are not installed.
+        ArtifactError: a file is missing, damaged, or leads out of the directory.
+    """
+    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
+        raise EnvironmentLacks("ONNX needs its packages: pip install 'trim-export[cpu]'")
+    import onnxruntime
+
+    from trim_export.converters.onnx import DOMAIN, MODEL
+    from trim_export.converters.onnx.graph import check_external, read_model
+
+    if not (directory / MODEL).is_file():
+        raise ArtifactError(f"{directory}: no {MODEL}")
+    refuse_special_files(directory)
+    model = read_model(directory / MODEL)
+    check_external(model, directory)
+    ours = any(entry.domain == DOMAIN for entry in model.opset_import)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they come as exceptions too
+    if threads:
+        options.intra_op_num_threads = threads
+    if ours and kernels:
+        library = operator_library()
+        if library is None:
+            raise EnvironmentLacks("our ONNX operators are not installed; install a C++ compiler and trim-export again")
+        options.register_custom_ops_library(str(library))
+    try:
+        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU])
+    except Exception as error:  # of ONNX Runtime's own, which share no base
+        raise ArtifactError(f"{directory / MODEL}: ONNX Runtime cannot load it ({first_line(error)})") from error
+    if native.get_providers() != [CPU]:
+        raise EnvironmentLacks(f"ONNX Runtime took {native.get_providers()} instead of {CPU}")
+    inputs = {value.name: tuple(value.shape) for value in native.get_inputs()}
+    return Session(native, kernels if ours else None, inputs, tuple(value.name for value in native.get_outputs()))
+
+
+def empty_cache(session: Session, batch: int, width: int) -> dict[str, NDArray[np.float32]]:
+    """Keys and values of no tokens, by the names of the inputs; ``width`` is a head's, which a graph may leave open."""
+    shapes = {name: shape for name, shape in session.inputs.items() if name.startswith("past")}
+    return {name: np.zeros((batch, int(shape[1]), 0, width), np.float32) for name, shape in shapes.items()}
