@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from trim_export.artifact import Artifact
+from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks, choose
 from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
@@ -155,6 +156,7 @@ def machine(workload: Workload) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "repeats": workload.repeats,
+        **(driver_facts(torch.device("cuda", torch.cuda.current_device())) if workload.device == "cuda" else {}),
     }
 
 
