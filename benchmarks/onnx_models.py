@@ -147,6 +147,7 @@ def _layers(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, Any]
         for tokens in (1, 32):
             inputs = {"A": generator.standard_normal((tokens, SIDE), np.float32)}
             for name, session in sessions.items():
+                time.sleep(0.01)  # until the threads of the session before no longer spin
                 begin = time.perf_counter()
                 session.run(inputs)
                 if round_:

@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #define TRIM_INLINE inline __attribute__((always_inline))
 #define TRIM_RESTRICT __restrict__
 
@@ -131,11 +135,15 @@ TRIM_INLINE float widen_one(BFloat16 value) { return from_bits(static_cast<std::
 // IEEE half precision. Exponent and mantissa keep their places when shifted by 13 bits; 2^112 then corrects the bias,
 // which also makes subnormal numbers right. Infinity and NaN have the largest exponent in both formats.
 TRIM_INLINE float widen_one(Float16 value) {
+#ifdef __F16C__
+    return _cvtsh_ss(value.bits);
+#else
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
     const std::uint32_t rest = value.bits & 0x7fffu;
     if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
     const float scaled = from_bits(rest << 13) * 0x1p112f;
     return from_bits(sign) + (sign ? -scaled : scaled);
+#endif
 }
 
 // ---- one token --------------------------------------------------------------------------------------------------
