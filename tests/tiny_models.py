@@ -28,6 +28,7 @@ from transformers import (
 
 __all__ = [
     "ARCHITECTURES",
+    "EXPORTABLE",
     "SPECIAL",
     "UNPRUNABLE",
     "VOCABULARY",
@@ -54,6 +55,14 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _GQA = _COMMON | {"num_key_value_heads": 2, "head_dim": 8}
+_WIDE = _GQA | {"head_dim": 16, "max_position_embeddings": 256}
+
+_OPT = {name: value for name, value in _COMMON.items() if name != "intermediate_size"} | {
+    "ffn_dim": 44,
+    "word_embed_proj_dim": 32,
+    "do_layer_norm_before": True,
+    "dropout": 0.0,
+}
 
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GQA),
@@ -71,13 +80,11 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
             "tie_word_embeddings": True,
         }
     ),
-    "opt": lambda: OPTConfig(
-        **{name: value for name, value in _COMMON.items() if name != "intermediate_size"},
-        ffn_dim=44,
-        word_embed_proj_dim=32,
-        do_layer_norm_before=True,
-        dropout=0.0,
-    ),
+    "llama-16": lambda: LlamaConfig(**_WIDE),
+    "llama-16-tied": lambda: LlamaConfig(**_WIDE | {"tie_word_embeddings": True}),
+    "qwen2-16": lambda: Qwen2Config(**_WIDE | {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "opt": lambda: OPTConfig(**_OPT),
+    "opt-long": lambda: OPTConfig(**_OPT | {"max_position_embeddings": 256}),
     "gpt-neox": lambda: GPTNeoXConfig(**_COMMON | {"num_hidden_layers": 3}),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
@@ -88,7 +95,10 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 UNPRUNABLE = ("gpt2", "mixtral")
 """GPT-2 has no `nn.Linear` in its blocks at all, Mixtral none for its experts."""
 
-ARCHITECTURES = tuple(kind for kind in _CONFIGS if kind not in UNPRUNABLE)
+EXPORTABLE = ("llama-16", "llama-16-tied", "qwen2-16", "opt-long")
+"""Like those of the same names, with positions for a whole prompt, and heads as wide as ONNX Runtime's attention asks."""
+
+ARCHITECTURES = tuple(kind for kind in _CONFIGS if kind not in (*UNPRUNABLE, *EXPORTABLE))
 
 
 def tiny_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from trim_export.converters.onnx.graph import MODEL
 from trim_export.errors import EnvironmentLacks, ModelError
 
@@ -23,6 +25,7 @@ PRECISIONS = {"fp32": "float32", "int4": "int4 by round to nearest", "int8": "in
 """What the builder can make for a CPU; quantised ones serve as rivals."""
 
 _BUILDER = "onnxruntime_genai.models.builder"
+_HEAD_STEP = 16  # ONNX Runtime's fused attention takes heads whose width is a multiple of it
 _UNKNOWN = "is not currently supported"  # what the builder says of an architecture that it does not know
 
 
@@ -43,9 +46,12 @@ def build(dense: Path, out: Path, precision: str = "fp32") -> str:
     """
     if importlib.util.find_spec("onnx_ir") is None:
         raise EnvironmentLacks("ONNX export needs its packages: pip install 'trim-export[cpu]'")
-    if importlib.util.find_spec("onnxruntime_genai") is not None:
-        shared = ["--extra_options", "shared_embeddings=true"]
-        options = ["-i", str(dense), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out / ".cache"), *shared]
+    config = AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if importlib.util.find_spec("onnxruntime_genai") is not None and width % _HEAD_STEP == 0:
+        options = ["-i", str(dense), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out / ".cache")]
+        if config.tie_word_embeddings:
+            options += ["--extra_options", "shared_embeddings=true"]
         failure = _run(_BUILDER, options, out)
         if failure is None:
             return f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"

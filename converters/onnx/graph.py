@@ -34,6 +34,8 @@ _DTYPES = {
     torch.uint16: (TensorProto.UINT16, np.uint16),
     torch.int32: (TensorProto.INT32, np.int32),
     torch.int64: (TensorProto.INT64, np.int64),
+    torch.float64: (TensorProto.DOUBLE, np.float64),
+    torch.bool: (TensorProto.BOOL, np.bool_),
 }
 _KNOWN: dict[int, tuple[torch.dtype, Any]] = {number: (dtype, numpy) for dtype, (number, numpy) in _DTYPES.items()}
 
@@ -80,7 +82,8 @@ def check_external(model: ModelProto, folder: Path) -> None:
 
 def _locate(folder: Path, tensor: TensorProto) -> tuple[Path, int, int]:
     """File, offset and bytes of an initializer beside its graph."""
-    info = ExternalDataInfo(tensor)
+    with reading(folder):
+        info = ExternalDataInfo(tensor)
     file = safe_file(folder, info.location)
     offset = info.offset or 0
     size = file.stat().st_size - offset if info.length is None else info.length

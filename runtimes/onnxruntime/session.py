@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trim_export.errors import ArtifactError, EnvironmentLacks, first_line
+from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, first_line
 from trim_export.shared_library import find_library
 from trim_export.storage import refuse_special_files
 
@@ -43,8 +43,12 @@ class Session:
     outputs: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name."""
-        return dict(zip(self.outputs, self.native.run(self.outputs, inputs), strict=True))
+        """All outputs by name; `UsageError` says what ONNX Runtime, or one of our kernels, has against the inputs."""
+        try:
+            found = self.native.run(self.outputs, inputs)
+        except Exception as error:  # of ONNX Runtime's own, which share no base
+            raise UsageError(f"ONNX Runtime failed ({first_line(error)})") from error
+        return dict(zip(self.outputs, found, strict=True))
 
 
 def operator_library() -> Path | None:

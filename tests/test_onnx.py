@@ -1,0 +1,213 @@
+"""ONNX end to end, as a user does it: convert, verify, generate, evaluate, measure, and leave this package behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_graphs import needs_operators
+from test_cli import run, sentence
+from tiny_models import EXPORTABLE
+
+from trim_export.artifact import Artifact
+from trim_export.runtimes import load
+from trim_export.runtimes.onnxruntime import LIBRARY, operator_library
+
+PLAIN = """
+import sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+if sys.argv[2]:
+    options.register_custom_ops_library(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", options, providers=["CPUExecutionProvider"])
+tokens = np.array([[5, 9, 44, 17]])
+past = {i.name: np.zeros((1, i.shape[1], 0, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
+found = session.run(["logits"], {"input_ids": tokens, "attention_mask": np.ones_like(tokens)} | past)
+np.save(sys.argv[3], found[0])
+assert not any(name.startswith(("trim_export", "torch", "transformers")) for name in sys.modules)
+"""
+
+GENAI = """
+import sys
+import onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+settings = genai.GeneratorParams(model)
+settings.set_search_options(max_length=12, do_sample=False)
+generator = genai.Generator(model, settings)
+generator.append_tokens([5, 9, 44, 17])
+while not generator.is_done():
+    generator.generate_next_token()
+print(*generator.get_sequence(0))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(pruned: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``exported(kind, *options)``: an ONNX directory, made once; not to be changed."""
+
+    @functools.cache
+    def make(kind: str, *options: str) -> Path:
+        out = tmp_path_factory.mktemp("onnx") / kind
+        run("convert", pruned(kind).path, "--to", "onnx", "-o", out, *options)
+        return out
+
+    return make
+
+
+def alone(script: str, *arguments: object) -> str:
+    """What a script prints that runs in an interpreter of its own, in an empty directory."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_operators
+@pytest.mark.parametrize(("kind", "encoding"), [*((kind, "csr") for kind in EXPORTABLE), ("qwen2-16", "bitmap")])
+def test_an_exported_model_computes_what_the_artifact_does(
+    kind: str, encoding: str, exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    result = tmp_path / "verify.json"
+    run("verify", exported(kind, "--encoding", encoding), "--reference", pruned(kind).path, "--json", result)
+    rows = json.loads(result.read_text())["runtimes"]
+    assert [row["name"] for row in rows] == ["onnxruntime", "onnxruntime-functions"]
+    assert all(row["passed"] and row["max_abs_diff"] < 1e-3 and row["argmax_agreement"] == 1 for row in rows)
+
+
+@needs_operators
+@pytest.mark.parametrize("library", [True, False])
+def test_it_runs_in_plain_onnxruntime(
+    library: bool, exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    folder = exported("llama-16-tied")
+    alone(PLAIN, folder, folder / LIBRARY if library else "", tmp_path / "logits.npy")
+    with torch.inference_mode():
+        expected = load(pruned("llama-16-tied").path, "dense")(torch.tensor([[5, 9, 44, 17]])).logits
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_operators
+def test_it_runs_in_onnxruntime_genai(exported: Callable[..., Path], pruned: Callable[..., Artifact]) -> None:
+    folder = exported("llama-16-tied")
+    assert (folder / LIBRARY).read_bytes() == (operator_library() or Path()).read_bytes()
+    tokens = [int(word) for word in alone(GENAI, folder).split()]
+    model = load(pruned("llama-16-tied").path, "dense")
+    expected = model.generate(torch.tensor([[5, 9, 44, 17]]), do_sample=False, max_new_tokens=len(tokens) - 4)  # type: ignore[operator]
+    assert len(tokens) > 6
+    assert tokens == expected[0].tolist()
+
+
+@needs_operators
+def test_the_commands_take_it_like_an_artifact(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    folder, artifact, result = exported("llama-16"), pruned("llama-16").path, tmp_path / "result.json"
+    spoken = [run("generate", path, "--prompt", "abc", "--max-new-tokens", 6).stdout for path in (folder, artifact)]
+    assert spoken[0] == spoken[1]
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 50)
+    scores = []
+    for path in (folder, artifact):
+        run("eval", path, "--data", text, "--sequence-length", 16, "--windows", 4, "--json", result)
+        scores.append(json.loads(result.read_text())["tasks"]["perplexity"]["value"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    dense = exported("llama-16", "--portable")
+    run("bench", folder, "--beside", dense, "--prompt", 4, "--generate", 2, "--repeats", 1, "--json", result)
+    rows = json.loads(result.read_text())["rows"]
+    names = ["onnxruntime", "onnxruntime-functions", f"onnxruntime {dense.name}"]
+    assert [row["runtime"] for row in rows] == names * 2
+    assert [row["ratio_to_dense"] for row in rows if row["runtime"] == names[2]] == [1, 1]
+    assert "passed" in run("verify", folder).stdout
+
+
+@needs_operators
+def test_values_and_head_in_fewer_bits_take_less_and_are_near(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact]
+) -> None:
+    exact = exported("llama-16-tied")
+    small = exported("llama-16-tied", "--dtype", "bfloat16", "--lm-head", "int8")
+    sizes = [(folder / "model.onnx.data").stat().st_size for folder in (exact, small)]
+    assert sizes[1] < 0.7 * sizes[0]
+    run("verify", small, "--reference", pruned("llama-16-tied").path)
+    form = json.loads((small / "trim_onnx.json").read_text())["form"]
+    assert (form["values"], form["head"], form["encoding"]) == ("bfloat16", "int8", "csr")
+
+
+def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) -> None:
+    folder = exported("llama-16", "--portable")
+    assert not (folder / LIBRARY).exists()
+    assert b"trim_export" not in (folder / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--to", "onnx", "--encoding", "coo"), "unknown encoding of onnx 'coo'"),
+        (("--to", "onnx", "--dtype", "int3"), "unknown dtype 'int3'"),
+        (("--to", "onnx", "--lm-head", "int4"), "unknown LM head 'int4'"),
+        (("--to", "onnx", "--block", "4x4"), "--block belongs to --to bsr"),
+        (("--to", "onnx", "--portable", "--dtype", "int8"), "--portable is dense"),
+        (("--to", "csr", "--dtype", "int8"), "--dtype belongs to --to onnx"),
+        (("--to", "bsr", "--portable"), "--portable belongs to --to onnx"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_sentence(
+    options: tuple[str, ...], reason: str, pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    failed = run("convert", pruned("llama").path, *options, "-o", tmp_path / "out", check=2)
+    assert reason in sentence(failed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("model.onnx.data", lambda data: data[: len(data) // 2], "beyond its end"),
+        ("model.onnx.data", None, "missing"),
+        ("model.onnx", lambda data: data[: len(data) // 2], "not readable as ONNX"),
+        ("config.json", lambda data: data[:20], "config.json"),
+    ],
+)
+def test_damage_is_one_sentence(
+    file: str,
+    damage: Callable[[bytes], bytes] | None,
+    reason: str,
+    exported: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported("llama-16"), folder)
+    if damage is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    failed = run("generate", folder, "--prompt", "abc", check=2)
+    assert reason in sentence(failed)
+
+
+@needs_operators
+def test_a_link_out_of_the_directory_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "linked"
+    shutil.copytree(exported("llama-16"), folder)
+    (folder / "model.onnx.data").rename(tmp_path / "elsewhere")
+    (folder / "model.onnx.data").symlink_to(tmp_path / "elsewhere")
+    assert "not a regular file" in sentence(run("generate", folder, "--prompt", "abc", check=2))
+
+
+def test_an_unknown_runtime_of_an_onnx_directory_names_the_known_ones(exported: Callable[..., Path]) -> None:
+    failed = run("generate", exported("llama-16", "--portable"), "--prompt", "a", "--runtime", "native", check=2)
+    assert "onnxruntime, onnxruntime-functions" in sentence(failed)
