@@ -96,13 +96,23 @@ struct Tokens {
 
 // ---- what a warp does with a unit -----------------------------------------------------------------------------------
 
+// Where the values of a unit begin and end.
+struct Span {
+    std::int64_t first, last;
+
+    __device__ Span(const std::int64_t* start, std::int64_t unit, std::int64_t size)
+        : first(start[unit]), last(start[unit + 1]) {
+        if (first < 0 || first > last || last > size) first = last = 0;
+    }
+};
+
 // Lane i has columns i and 32 + i of each word. Where their values are, the bits before them say.
 template <typename Value, typename Input, int kTokens>
 __device__ void multiply_unit(const Bitmap& matrix, std::int64_t unit, int lane, const Tokens<Input, kTokens>& tokens) {
     const Value* const values = static_cast<const Value*>(matrix.values);
     const std::uint64_t* mask = matrix.mask + unit * matrix.words * kGroupRows;
-    std::int64_t next = matrix.start[unit], end = matrix.start[unit + 1];
-    if (next < 0 || end > matrix.size) end = next;
+    const Span span(matrix.start, unit, matrix.size);
+    std::int64_t next = span.first;
     float sums[kGroupRows][kTokens] = {};
     for (std::int64_t word = 0; word < matrix.words; ++word) {
         for (int i = 0; i < kGroupRows; ++i) {
@@ -110,7 +120,7 @@ __device__ void multiply_unit(const Bitmap& matrix, std::int64_t unit, int lane,
             for (int bit = lane; bit < kWordColumns; bit += kWarp) {
                 const std::int64_t column = word * kWordColumns + bit;
                 const std::int64_t index = next + __popcll(bits & ((std::uint64_t{1} << bit) - 1));
-                if ((bits >> bit & 1) && column < matrix.columns && index < end) {
+                if ((bits >> bit & 1) && column < matrix.columns && index < span.last) {
                     tokens.add_products(widen(values[index]), column, sums[i]);
                 }
             }
@@ -129,10 +139,9 @@ __device__ void multiply_unit(const Bitmap& matrix, std::int64_t unit, int lane,
 template <typename Value, typename Input, int kTokens>
 __device__ void multiply_unit(const Sell8& matrix, std::int64_t unit, int lane, const Tokens<Input, kTokens>& tokens) {
     const Value* const values = static_cast<const Value*>(matrix.values);
-    std::int64_t first = matrix.start[unit], end = matrix.start[unit + 1];
-    if (first < 0 || end > matrix.size) end = first;
+    const Span span(matrix.start, unit, matrix.size);
     float sums[kTokens] = {};
-    for (std::int64_t entry = first + lane; entry < end; entry += kWarp) {
+    for (std::int64_t entry = span.first + lane; entry < span.last; entry += kWarp) {
         const std::int64_t column = matrix.list_columns[entry];
         if (column < matrix.columns) tokens.add_products(widen(values[entry]), column, sums);
     }
