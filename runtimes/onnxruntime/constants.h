@@ -112,7 +112,8 @@ class Bitmap : public Sparse {
         matrix_.mask_size = mask.size() / 8;
         starts_.push_back(0);
         for (std::int64_t group = 0, kept = 0; group < mask.sides[0]; ++group) {
-            for (std::int64_t i = 0; i < 4 * words; ++i) kept += __builtin_popcountll(matrix_.mask[4 * words * group + i]);
+            const std::uint64_t* const bits = matrix_.mask + 4 * words * group;
+            for (std::int64_t i = 0; i < 4 * words; ++i) kept += __builtin_popcountll(bits[i]);
             starts_.push_back(kept);
         }
         matrix_.group_start = starts_.data();

@@ -186,7 +186,7 @@ cudaError_t launch_together(const Matrix& matrix, const Input* inputs, std::int6
                             cudaStream_t stream) {
     const std::int64_t shares = (tokens + kTokens - 1) / kTokens;
     cudaLaunchConfig_t config{};
-    config.gridDim.x = static_cast<unsigned>((matrix.units + kBlockWarps - 1) / kBlockWarps);  // of fewer than 2^31 rows
+    config.gridDim.x = static_cast<unsigned>((matrix.units + kBlockWarps - 1) / kBlockWarps);  // rows are below 2^31
     config.gridDim.y = static_cast<unsigned>(shares < kMostBlocks ? shares : kMostBlocks);
     config.blockDim.x = kBlockWarps * kWarp;
     config.stream = stream;
@@ -200,7 +200,7 @@ cudaError_t launch_values(const Matrix& matrix, const Input* inputs, std::int64_
                        : launch_together<Value, kTokensTogether>(matrix, inputs, tokens, outputs, stream);
 }
 
-// outputs [tokens, rows] of inputs [tokens, columns], when the stream comes to it; `value_type` is one of trim_native.h.
+// outputs [tokens, rows] of inputs [tokens, columns], when the stream gets there; `value_type` is one of trim_native.h.
 template <typename Matrix, typename Input>
 cudaError_t launch(const Matrix& matrix, std::int32_t value_type, const Input* inputs, std::int64_t tokens,
                    Input* outputs, cudaStream_t stream) {

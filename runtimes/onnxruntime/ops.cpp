@@ -73,7 +73,8 @@ class CpuKernel : public Kernel {
 };
 
 std::vector<CustomOp> all_ops() {
-    std::vector<CustomOp> ops{describe<CpuKernel<Bitmap>>(), describe<CpuKernel<Sell8>>(), describe<CpuKernel<Dense>>()};
+    std::vector<CustomOp> ops{describe<CpuKernel<Bitmap>>(), describe<CpuKernel<Sell8>>(),
+                              describe<CpuKernel<Dense>>()};
 #ifdef TRIM_EXPORT_CUDA
     add_cuda_ops(ops);
 #endif

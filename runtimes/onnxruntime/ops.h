@@ -102,8 +102,8 @@ inline Status* register_ops(SessionOptions* options, const ApiBase* base, const 
     });
 }
 
-// Operators of the CUDA execution provider, behind those of the CPU: a registered name shadows the functions of a model,
-// so that a library has to have the operators of every provider a session may use.
+// Appends the operators of the CUDA execution provider to those of the CPU. A registered name shadows the functions of
+// a model, so that a library has to have the operators of every provider that a session may use.
 void add_cuda_ops(std::vector<CustomOp>& ops);
 
 }  // namespace trim::ort

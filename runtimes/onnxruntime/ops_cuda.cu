@@ -1,10 +1,12 @@
-// The operators of ops.cpp on the CUDA execution provider, for A and Y of float32 or float16.
+// The operators of ops.cpp on the CUDA execution provider, for A and Y of float32 or float16. (On the CPU, which has
+// them for float32 alone, ONNX Runtime casts around them.)
 //
 // Order, mask and start arrive in the memory of the host, where they are checked and from where they are copied to the
 // GPU once; what the other constants hold needs no check, since the kernels bound every index. Compiled and tested in
 // emulation, but never run on a GPU.
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 #include "constants.h"
 #include "kernels.cuh"

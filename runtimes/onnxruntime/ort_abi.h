@@ -22,7 +22,9 @@ struct Value;
 struct TypeAndShape;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
-enum ElementType { kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kUInt16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType {
+    kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kUInt16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16
+};
 enum Characteristic { kRequired = 0 };
 enum MemoryType { kHostMemory = -2, kDefaultMemory = 0 };  // default: the provider's own
 
@@ -84,7 +86,8 @@ class Api {
     }
     Status* parallel_for(const KernelContext* context, void (*work)(void*, std::size_t), std::size_t count,
                          void* task) const {
-        using Function = Status* (*)(const KernelContext*, void (*)(void*, std::size_t), std::size_t, std::size_t, void*);
+        using Work = void (*)(void*, std::size_t);
+        using Function = Status* (*)(const KernelContext*, Work, std::size_t, std::size_t, void*);
         return at<Function>(274)(context, work, count, count, task);
     }
 

@@ -275,11 +275,12 @@ def test_compiled_library_needs_no_library_of_cuda(compiled: tuple[Path, str]) -
 
 @pytest.mark.compile
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("dtype", INPUTS)
 def test_compiled_library_serves_a_session_on_the_cpu(
-    compiled: tuple[Path, str], tmp_path: Path, operator: Operator
+    compiled: tuple[Path, str], tmp_path: Path, operator: Operator, dtype: Any
 ) -> None:
     problem = draw(operator, "float16", 21, 150)
-    assert_multiplies(session(compiled[0], tmp_path, problem), problem, np.float32)
+    assert_multiplies(session(compiled[0], tmp_path, problem, dtype), problem, dtype)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,9 @@ struct __half { std::uint16_t bits; };
 
 inline float __half2float(__half value) {
     const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                      : std::ldexp(exponent ? 1024.0f + fraction : fraction, (exponent ? exponent : 1) - 25);
+    const float mantissa = static_cast<float>(exponent ? 1024 + fraction : fraction);
+    float size = std::ldexp(mantissa, (exponent ? exponent : 1) - 25);
+    if (exponent == 31) size = fraction ? NAN : INFINITY;
     return value.bits >> 15 ? -size : size;
 }
 
