@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_layers [--json FILE] [--tune]
 
-Needs a CUDA device. Times are medians over replays of a CUDA graph, with the L2 cache flushed in between; contestants
-go round in turn. ``--tune`` writes what was measured to be best into the table that the runtime reads.
+Needs a CUDA device; how times are taken says `trim_export.runtimes.triton.timing`. ``--tune`` writes what was measured
+to be best over all these shapes into the table that the runtime reads; ``trim-export bench --tune`` does so for the
+layers of one artifact.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,16 @@ import torch
 from torch import Tensor
 
 from trim_export.converters import SparseMatrix
+from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes import Layout
 from trim_export.runtimes.torch_sparse import TorchSparseLinear
 from trim_export.runtimes.triton import PackedRows, TritonRuntime
-from trim_export.runtimes.triton.launch import FEW, Packed, by_expanding, by_gathering, by_gathering_few, splits
-from trim_export.runtimes.triton.tuning import Choice, choice_for, write_choice
+from trim_export.runtimes.triton.launch import Packed
+from trim_export.runtimes.triton.timing import Product, best_choice, gpu_times, products
+from trim_export.runtimes.triton.tuning import table_path, write_choice
 
-__all__ = ["best_choice", "main", "sweep"]
+__all__ = ["main", "sweep"]
 
 SHAPES = {
     "Llama-2-7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
@@ -36,14 +37,9 @@ SHAPES = {
 }
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = (1, 2, 4, 8, 16, 512)
-WAVES = (1, 2, 4)
-ROUNDS = 20
 INT4 = "torch int4"
 """Has random weights of its own, so an error of it would mean nothing."""
 _INT4_GROUP = 128
-_FLUSHED_BYTES = 256 * 2**20
-
-Product = Callable[[], Tensor]
 
 
 def sweep(device: torch.device) -> list[dict[str, Any]]:
@@ -56,12 +52,12 @@ def sweep(device: torch.device) -> list[dict[str, Any]]:
         for shape in shapes:
             for sparsity in SPARSITIES:
                 matrix = _random(shape, sparsity)
-                packed = _packed(matrix, device)
+                packed = PackedRows.pack(matrix, device).tensors()
                 for tokens in TOKENS:
                     inputs = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                     exact = inputs.double() @ matrix.to_dense().to(device).double().T
                     entries = contestants(matrix, packed, inputs)
-                    times = _measure(entries, device)
+                    times = gpu_times(entries, device)
                     for name, product in entries.items():
                         error = float((product().double() - exact).norm() / exact.norm()) if name != INT4 else None
                         rows.append(
@@ -82,42 +78,14 @@ def sweep(device: torch.device) -> list[dict[str, Any]]:
 
 def contestants(matrix: SparseMatrix, packed: Packed, inputs: Tensor) -> dict[str, Product]:
     """Products of ``inputs`` with the same weights, by name; the first is dense."""
-    device, tokens = inputs.device, inputs.shape[0]
-    weight = matrix.to_dense().to(device)
-    csr = TorchSparseLinear(matrix, None, Layout(device))
+    weight = matrix.to_dense().to(inputs.device)
+    csr = TorchSparseLinear(matrix, None, Layout(inputs.device))
     found: dict[str, Product] = {
         "cublas": lambda: torch.nn.functional.linear(inputs, weight),
         "torch csr": lambda: csr(inputs),
-        "expand": lambda: by_expanding(packed, inputs),
-    }
-    if tokens == 1:
-        for waves in WAVES:
-            parts = splits(packed, device, Choice(1, waves))
-            found[f"spmv, {waves} waves"] = lambda parts=parts: by_gathering(packed, inputs, parts)  # type: ignore[misc]
-    elif tokens <= FEW:
-        found["spmm"] = lambda: by_gathering_few(packed, inputs)
+    } | products(packed, inputs)
     int4 = _int4(weight, inputs)
     return found | ({INT4: int4} if int4 else {})
-
-
-def best_choice(rows: list[dict[str, Any]], present: Choice) -> Choice:
-    """What the measurements recommend: the waves of the least total time, and up to how many tokens spmm wins.
-
-    Over all layers together, since the table has one entry for a GPU. Without measurements ``present`` stays.
-    """
-    totals: dict[tuple[int, str], float] = {}
-    for row in rows:
-        key = (row["tokens"], row["contestant"])
-        totals[key] = totals.get(key, 0.0) + row["median_us"]
-    waves = {name: total for (tokens, name), total in totals.items() if tokens == 1 and name.startswith("spmv")}
-    gathered = 1
-    for tokens in sorted({tokens for tokens, name in totals if name == "spmm"}):
-        if totals[tokens, "spmm"] > totals[tokens, "expand"]:
-            break
-        gathered = tokens
-    if not waves:
-        return present
-    return Choice(gathered, int(min(waves, key=lambda name: waves[name]).split()[1]))
 
 
 def main() -> None:
@@ -139,63 +107,22 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
     if options.tune:
-        choice = best_choice(rows, choice_for(device))
-        print(f"{choice} written to {write_choice(torch.cuda.get_device_name(device), choice)}")
+        choice = best_choice((row["tokens"], row["contestant"], row["median_us"]) for row in rows)
+        write_choice(table_path(), torch.cuda.get_device_name(device), choice)
+        print(f"{choice} written to {table_path()}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the times were measured on: card, driver, clocks and versions."""
     import triton
 
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index}"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, subprocess.CalledProcessError):
-        said = []
     return {
         "gpu": torch.cuda.get_device_name(device),
-        **dict(zip(query.split(","), said, strict=False)),
+        **driver_facts(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
-
-
-def _measure(entries: dict[str, Product], device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in each round."""
-    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    runs = {name: _recorded(product) for name, product in entries.items()}
-    times: dict[str, list[float]] = {name: [] for name in entries}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flushed.zero_()
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
-    return times
-
-
-def _recorded(product: Product) -> Callable[[], Any]:
-    """A product as a CUDA graph, or itself where a library does not let itself be recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills the libraries' workspaces
-        for _ in range(3):
-            product()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            product()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return product
-    return graph.replay
 
 
 def _int4(weight: Tensor, inputs: Tensor) -> Product | None:
@@ -217,11 +144,6 @@ def _random(shape: tuple[int, int], sparsity: float) -> SparseMatrix:
     rows = (sparsity + 0.3 * (torch.rand(shape[0], 1, generator=generator) - 0.5)).clamp(0, 1)
     mask = torch.rand(shape, generator=generator) >= rows
     return SparseMatrix(mask, torch.randn(int(mask.sum()), generator=generator).to(torch.bfloat16))
-
-
-def _packed(matrix: SparseMatrix, device: torch.device) -> Packed:
-    rows = PackedRows.pack(matrix, device)
-    return Packed(rows.order, rows.ptr, rows.index, rows.gaps, rows.values, rows.columns)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class SparseMatrix:
     @property
     def row_counts(self) -> Tensor:
         """int64 ``[rows]``: kept weights of each row."""
-        return self.mask.sum(dim=1)
+        return self.mask.count_nonzero(dim=1)
 
     def to_dense(self) -> Tensor:
         """The weight with exact zeros where it was pruned, ``[rows, columns]``."""

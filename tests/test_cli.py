@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import torch
+from rich.console import Console
+from torch import nn
 
 import trim_export
+from trim_export.artifact import open_artifact
 from trim_export.cli import main
-from trim_export.runtimes import available_runtimes
+from trim_export.runtimes import Layout, available_runtimes
+from trim_export.runtimes.triton import TritonRuntime
+from trim_export.runtimes.triton.timing import SPMV
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 200
 
@@ -150,6 +156,41 @@ def test_bench_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], t
             assert row["ratio_to_dense"] == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_tuning_without_a_gpu_is_one_sentence(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    said = sentence(run("bench", artifact[0], "--tune", tmp_path / "t.json", check=3))
+    assert "no CUDA device here" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_tuning_times_every_layer_and_adds_to_the_table(
+    artifact: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "t.json"
+    table.write_text('{"other": {"gathered_tokens": 2, "waves": 1}}')
+    kinds: list[set[str]] = []
+
+    def gpu_times(entries: dict[str, object], device: torch.device) -> dict[str, list[float]]:
+        kinds.append(set(entries))
+        return {name: [float(place)] for place, name in enumerate(sorted(entries))}
+
+    def load(directory: Path, runtime: str, device: str) -> nn.Module:
+        assert (runtime, device) == ("triton", "cuda")
+        layout = Layout(torch.device("cpu"))
+        layers = [TritonRuntime().linear(matrix, None, layout) for _, matrix in open_artifact(directory).matrices()]
+        return nn.ModuleList(layers)
+
+    monkeypatch.setattr("trim_export.runtimes.load", load)
+    monkeypatch.setattr("trim_export.runtimes.triton.timing.gpu_times", gpu_times)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "this")
+    run("bench", artifact[0], "--tune", table, "--json", tmp_path / "b.json")
+    chosen = {"gathered_tokens": 1, "waves": 1}  # the names in order: expand before spmm, fewer waves before more
+    assert json.loads(table.read_text()) == {"other": {"gathered_tokens": 2, "waves": 1}, "this": chosen}
+    assert json.loads((tmp_path / "b.json").read_text()) == {"gpu": "this", **chosen}
+    assert kinds.count({"expand", "spmm"}) == 4 * kinds.count({"expand", *SPMV}) > 0
+
+
 def test_eval_measures_an_artifact_and_its_dense_model(
     artifact: tuple[Path, dict[str, Any]], model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +213,28 @@ def test_convert_makes_an_artifact_that_verifies(
     run("convert", artifact[0], "--to", target, "-o", tmp_path / "b")
     run("check", tmp_path / "b")
     run("verify", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("verify", "ARTIFACT", "--runtime", "dense"), "dense: reading"),
+        (("eval", "ARTIFACT", "--data", "TEXT", "--sequence-length", 8, "--windows", 2), "perplexity"),
+        (("convert", "ARTIFACT", "--to", "csr", "-o", "OUT"), "writing shards"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_progress_is_for_terminals(
+    words: tuple[object, ...], shown: str, artifact: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    places: dict[object, Path] = {"ARTIFACT": artifact[0], "TEXT": text, "OUT": tmp_path / "a"}
+    assert run(*(places.get(word, word) for word in words)).stderr == ""
+    places["OUT"] = tmp_path / "b"
+    terminal = io.StringIO()
+    with mock.patch("trim_export.cli.common.err", Console(file=terminal, force_terminal=True, width=100)):
+        run(*(places.get(word, word) for word in words))
+    assert shown in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
 def test_generate_continues_the_prompt_the_same_with_every_runtime(artifact: tuple[Path, dict[str, Any]]) -> None:

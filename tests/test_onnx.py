@@ -146,6 +146,20 @@ def test_values_and_head_in_fewer_bits_take_less_and_are_near(
     assert (form["values"], form["head"], form["encoding"]) == ("bfloat16", "int8", "csr")
 
 
+@needs_operators
+def test_a_cache_grows_with_what_is_read(exported: Callable[..., Path]) -> None:
+    model, tokens = load(exported("llama-16")), torch.tensor([[5, 9, 44, 17], [8, 8, 31, 60]])
+    whole = model(tokens, use_cache=False)
+    assert whole.past_key_values is None
+    output = model(tokens[:, :2], use_cache=True)
+    cache = output.past_key_values
+    for place in (2, 3):
+        output = model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+        assert output.past_key_values is cache
+        assert cache.get_seq_length() == place + 1
+        torch.testing.assert_close(output.logits[:, 0], whole.logits[:, place], rtol=1e-4, atol=1e-4)
+
+
 def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) -> None:
     folder = exported("llama-16", "--portable")
     assert not (folder / LIBRARY).exists()

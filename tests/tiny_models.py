@@ -96,7 +96,7 @@ UNPRUNABLE = ("gpt2", "mixtral")
 """GPT-2 has no `nn.Linear` in its blocks at all, Mixtral none for its experts."""
 
 EXPORTABLE = ("llama-16", "llama-16-tied", "qwen2-16", "opt-long")
-"""Like those of the same names, with positions for a whole prompt, and heads as wide as ONNX Runtime's attention asks."""
+"""Like those of the same names, with positions for a whole prompt and heads as wide as ONNX Runtime wants them."""
 
 ARCHITECTURES = tuple(kind for kind in _CONFIGS if kind not in (*UNPRUNABLE, *EXPORTABLE))
 

@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from trim_export.artifact import Artifact
+from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks, choose
 from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
@@ -28,6 +30,11 @@ from trim_export.runtimes.onnxruntime import EXECUTIONS, ONNX_MANIFEST
 from trim_export.storage import read_json
 
 __all__ = ["Contestant", "Workload", "bench", "contestants", "machine", "onnx_contestants"]
+
+
+_PAUSE_S = (
+    0.2  # threads of the process before may still spin, waiting for more work, and would take cores from the next
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ def bench(entries: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
         for batch in workload.batches:
             for round_ in range(workload.repeats + 1):
                 for entry, worker in workers.items():
+                    time.sleep(_PAUSE_S)
                     measured = worker.ask(batch=batch, prompt=workload.prompt, generate=workload.generate)
                     if round_ == 0:
                         continue  # the first round warms caches and allocators
@@ -155,6 +163,7 @@ def machine(workload: Workload) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "repeats": workload.repeats,
+        **(driver_facts(torch.device("cuda", torch.cuda.current_device())) if workload.device == "cuda" else {}),
     }
 
 

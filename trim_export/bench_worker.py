@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trim_export.cuda import record
+from trim_export.decoding import GrowingDecoder, RecordedDecoder, make_decoder
 from trim_export.models import DTYPES, quiet_transformers
 from trim_export.runtimes import load, tensor_bytes
 from trim_export.runtimes.onnxruntime import OnnxCausalLM
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["main"]
+
+Decoders = dict[tuple[int, ...], GrowingDecoder | RecordedDecoder]
+"""By batch, prompt and tokens to generate: recording a step takes longer than many steps."""
 
 
 @torch.inference_mode()
@@ -32,25 +37,35 @@ def main(settings: dict[str, Any]) -> None:
     dtype, device = DTYPES.get(settings["dtype"]), settings["device"]  # an ONNX model has its own
     model = load(settings["directory"], settings["runtime"], dtype, device, lm_head=settings["lm_head"])
     load_s = time.perf_counter() - begin
+    decoders: Decoders = {}
     _answer({})
     for line in sys.stdin:
         request = json.loads(line)
         if "memory" in request:
-            _answer({"weight_bytes": _weight_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s})
+            memory = {"weight_bytes": _weight_bytes(model), "peak_memory_bytes": _peak(model), "load_s": load_s}
+            if device == "cuda":
+                memory["cuda_graph"] = all(isinstance(decoder, RecordedDecoder) for decoder in decoders.values())
+            _answer(memory)
         else:
-            _answer(_measure(model, **request))
+            _answer(_measure(model, decoders, **request))
 
 
-def _measure(model: PreTrainedModel, batch: int, prompt: int, generate: int) -> dict[str, Any]:
-    """Milliseconds of one prefill and of each of the following decode steps (greedy, with the key-value cache)."""
+def _measure(model: PreTrainedModel, decoders: Decoders, batch: int, prompt: int, generate: int) -> dict[str, Any]:
+    """Milliseconds of one prefill and of each of the following decode steps (greedy, with the key-value cache).
+
+    On a GPU a step is a CUDA graph where the model lets itself be recorded.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+    key = batch, prompt, generate
+    if key not in decoders:
+        decoders[key] = make_decoder(model, tokens, generate, record if model.device.type == "cuda" else None)
+    decoder = decoders[key]
     marks = [_now(model)]
-    output = model(tokens, use_cache=True, logits_to_keep=1)
+    decoder.prefill(tokens)
     marks.append(_now(model))
     for _ in range(generate):
-        following = output.logits[:, -1:].argmax(-1)
-        output = model(following, past_key_values=output.past_key_values, use_cache=True)
+        decoder.step()
         marks.append(_now(model))
     spans = [(later - earlier) * 1000 for earlier, later in itertools.pairwise(marks)]
     return {"prefill_ms": spans[0], "decode_ms": spans[1:]}

@@ -19,12 +19,19 @@ from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
 from trim_export.converters.format import guard
 from trim_export.errors import UsageError, choose
 from trim_export.patterns import Blocks, parse_pattern
+from trim_export.progress import Track, silently
 from trim_export.storage import canonical_json, read_json, safe_file, write_bytes, write_tensors
 
 __all__ = ["TARGETS", "convert", "staged", "write_dense"]
 
 
-def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] | None = None) -> dict[str, Any]:
+def convert(
+    artifact: Artifact,
+    target: str,
+    out: Path,
+    block: tuple[int, int] | None = None,
+    track: Track[Any] = silently,
+) -> dict[str, Any]:
     """Write ``artifact`` in another form into a new directory.
 
     Args:
@@ -33,6 +40,7 @@ def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] |
             with zeros, for any tool) or ``scipy`` (one ``.npz`` for each matrix and the other tensors).
         out: the directory to make; must not exist or be empty.
         block: rows and columns of a block, for ``bsr``; None is that of the artifact's pattern, if it has one.
+        track: shows progress.
 
     Returns:
         What was written: target, directory, bytes before and after.
@@ -45,7 +53,7 @@ def convert(artifact: Artifact, target: str, out: Path, block: tuple[int, int] |
         raise UsageError(f"--block belongs to --to bsr, not to {target}")
     block = block or (pattern_block(artifact) if target == "bsr" else None)
     with staged(out) as staging:
-        writer(artifact, staging, Bsr(block) if block else ENCODINGS.get(target))
+        writer(artifact, staging, Bsr(block) if block else ENCODINGS.get(target), track)
     written = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".npz"))
     before = artifact.manifest["bytes"]
     return {"target": target, "directory": str(out), "bytes": written, "bytes_before": before["artifact"],
@@ -80,7 +88,7 @@ def pattern_block(artifact: Artifact) -> tuple[int, int] | None:
     return (pattern.height, pattern.width) if isinstance(pattern, Blocks) else None
 
 
-def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None, track: Track[Any]) -> None:
     """The same artifact with every matrix in ``encoding``."""
     assert encoding is not None
     _copy_description(artifact, out, sparse_config(list(artifact.modules), encoding.name))
@@ -92,7 +100,7 @@ def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) ->
         modules[name] = artifact.modules[name] | {"nnz": encoding.decode(tensors, matrix.shape).nnz}
         return tensors
 
-    _rewrite_shards(artifact, out, encode, guard(list(artifact.modules)))
+    _rewrite_shards(artifact, out, track, encode, guard(list(artifact.modules)))
     write_index(out)
     facts = {key: value for key, value in artifact.manifest.items() if key not in ("files", "bytes")}
     facts |= {"encoding": encoding.name, "modules": modules}
@@ -100,18 +108,18 @@ def _write_artifact(artifact: Artifact, out: Path, encoding: Encoding | None) ->
     write_manifest(out, facts, artifact.manifest["bytes"]["dense"])
 
 
-def write_dense(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+def write_dense(artifact: Artifact, out: Path, encoding: Encoding | None, track: Track[Any]) -> None:
     """An ordinary model directory, every pruned weight a stored zero."""
     _copy_description(artifact, out, None)
-    _rewrite_shards(artifact, out, lambda _, matrix: {"weight": matrix.to_dense()})
+    _rewrite_shards(artifact, out, track, lambda _, matrix: {"weight": matrix.to_dense()})
     write_index(out)
 
 
-def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None) -> None:
+def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None, track: Track[Any]) -> None:
     """``MODULE.npz`` for each matrix (scipy.sparse.load_npz), the remaining tensors in safetensors files."""
     _copy_description(artifact, out, None)
-    for name, matrix in artifact.matrices():
-        scipy.save(out / f"{name}.npz", matrix)
+    for name, entry in track(list(artifact.modules.items()), "writing matrices"):
+        scipy.save(out / f"{name}.npz", artifact.matrix(name, entry))
     for shard in artifact.shards:
         write_tensors(out / shard, artifact.dense_tensors(shard))
 
@@ -119,11 +127,12 @@ def _write_scipy(artifact: Artifact, out: Path, encoding: Encoding | None) -> No
 def _rewrite_shards(
     artifact: Artifact,
     out: Path,
+    track: Track[Any],
     encode: Callable[[str, SparseMatrix], dict[str, Tensor]],
     more: dict[str, Tensor] | None = None,
 ) -> None:
     """Write each shard with its matrices encoded anew; ``more`` goes to the tensors that belong to no block."""
-    for shard in artifact.shards:
+    for shard in track(artifact.shards, "writing shards"):
         tensors = artifact.dense_tensors(shard) | (more or {} if shard == REST else {})
         for name, entry in artifact.modules.items():
             if entry["file"] == shard:
@@ -145,7 +154,7 @@ def _copy_description(artifact: Artifact, out: Path, quantization_config: dict[s
     write_bytes(out / "config.json", canonical_json(config))
 
 
-TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None], None]] = {
+TARGETS: dict[str, Callable[[Artifact, Path, Encoding | None, Track[Any]], None]] = {
     "bitmap": _write_artifact,
     "csr": _write_artifact,
     "bsr": _write_artifact,

@@ -16,6 +16,7 @@ import trim_export
 from trim_export.artifact import CONFIG, Artifact
 from trim_export.convert import staged, write_dense
 from trim_export.converters.onnx import MODEL, Form, build, sparsify
+from trim_export.progress import Track, silently
 from trim_export.runtimes.onnxruntime import LIBRARY, ONNX_MANIFEST, operator_library
 from trim_export.storage import canonical_json, read_json, sha256_file, write_bytes
 
@@ -25,13 +26,14 @@ _GENAI = "genai_config.json"
 _DATA = f"{MODEL}.data"
 
 
-def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None) -> dict[str, Any]:
+def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None, track: Track[Any] = silently) -> dict[str, Any]:
     """Write ``artifact`` as an ONNX model into a new directory.
 
     Args:
         artifact: a finished artifact.
         out: the directory to make; must not exist or be empty.
         form: of the sparse constants; None leaves the graph dense, zeros and all, for any runtime.
+        track: shows progress of what goes before the export.
 
     Returns:
         What was written: target, directory, bytes before and after, how many matrices are sparse.
@@ -42,7 +44,7 @@ def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None) -> dict[st
     with staged(out) as staging:
         dense, base = staging / ".dense", staging / ".base"
         dense.mkdir()
-        write_dense(artifact, dense, None)
+        write_dense(artifact, dense, None, track)
         exporter = build(dense, base)
         shutil.rmtree(dense)
         for file in sorted(base.iterdir()):

@@ -8,18 +8,16 @@ from ``<y_i, yhat_i(k)>``, ``|yhat_i(k)|^2`` and ``|y_i|^2``: a search becomes a
 
 import ctypes
 import functools
-import logging
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trim_export.memory import halving
 from trim_export.shared_library import load_library
 
 __all__ = ["Curves", "curves", "native_available"]
-
-logger = logging.getLogger(__name__)
 
 _CHUNK_ELEMENTS = 1 << 24  # float32 values of one temporary of the portable code: 64 MiB
 _NATIVE_CHUNK = 32  # samples that the library takes at a time
@@ -131,15 +129,14 @@ def _native_curves(
 
 
 def _portable_curves(weight: Tensor, order: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    elements = _CHUNK_ELEMENTS
-    while True:
-        try:
-            return _chunked_curves(weight, order, inputs, outputs, elements)
-        except torch.OutOfMemoryError:
-            if elements <= weight.shape[1]:  # not even one sample of one row fits
-                raise
-        elements //= 2
-        logger.warning("%s is out of memory: trying again with chunks of %d values", weight.device, elements)
+    one_sample = weight.shape[1]  # of one row
+    return halving(
+        lambda elements: _chunked_curves(weight, order, inputs, outputs, elements),
+        max(_CHUNK_ELEMENTS, one_sample),
+        one_sample,
+        weight.device,
+        "values",
+    )
 
 
 def _chunked_curves(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from trim_export.progress import Track, silently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,15 +42,16 @@ class Divergence:
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
+def perplexity(model: PreTrainedModel, windows: Tensor, track: Track[Any] = silently) -> Perplexity:
     """exp of the mean negative log-likelihood of each token given those before it in its window.
 
     Args:
         model: a causal language model.
         windows: int64 ``[windows, tokens]``; the first token of each is context only.
+        track: shows progress.
     """
     losses = []
-    for window in windows.to(model.device):
+    for window in track(windows.to(model.device), "perplexity"):
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
         losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
     return Perplexity(math.exp(sum(losses) / len(losses)), len(windows), len(windows) * (windows.shape[1] - 1))
@@ -66,17 +69,20 @@ def divergence(reference: Tensor, logits: Tensor) -> Divergence:
 
 
 @torch.inference_mode()
-def compare(reference: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> Divergence:
+def compare(
+    reference: PreTrainedModel, model: PreTrainedModel, windows: Tensor, track: Track[Any] = silently
+) -> Divergence:
     """How far a model is from a reference on windows of text, int64 ``[windows, tokens]``; no labels are needed.
 
-    Both models are in memory, the logits of one window at a time. Every position counts, the last too.
+    Both models are in memory, the logits of one window at a time. Every position counts, the last too. ``track`` shows
+    progress.
     """
     found = [
         divergence(
             reference(window[None].to(reference.device), use_cache=False).logits[0].float().cpu(),
             model(window[None].to(model.device), use_cache=False).logits[0].float().cpu(),
         )
-        for window in windows
+        for window in track(windows, "divergence")
     ]
     return Divergence(
         max_abs_diff=max(one.max_abs_diff for one in found),

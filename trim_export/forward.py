@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trim_export.errors import EnvironmentLacks, choose
+from trim_export.memory import halving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +27,16 @@ __all__ = [
     "cpu_capabilities",
     "embed",
     "finish_forward",
+    "in_batches",
     "move",
+    "run_batches",
     "run_block",
     "window_logits",
 ]
 
 TOKENS_PER_BATCH = 4096
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,24 @@ def run_block(
     hidden: Tensor,
     compute: Compute,
 ) -> Tensor:
-    """Send all windows through one block, batch by batch; the result stays in the host's memory."""
-    batches = hidden.split(batch_windows(hidden.shape[1]))
-    return torch.cat([call.run(block, batch, compute).to(hidden.device, hidden.dtype) for batch in batches])
+    """Send all windows through one block, batch by batch; the result stays in the host's memory.
+
+    Begins anew with smaller batches when memory is out: hooks that count what they see belong around `run_batches`.
+    """
+    return in_batches(lambda windows: run_batches(block, call, hidden, compute, windows), hidden, compute)
+
+
+@torch.no_grad()
+def run_batches(block: nn.Module, call: BlockCall, hidden: Tensor, compute: Compute, windows: int) -> Tensor:
+    """As `run_block`, with so many windows at a time."""
+    return torch.cat(
+        [call.run(block, batch, compute).to(hidden.device, hidden.dtype) for batch in hidden.split(windows)]
+    )
+
+
+def in_batches(attempt: Callable[[int], T], hidden: Tensor, compute: Compute) -> T:
+    """What ``attempt`` gives with the windows of ``hidden`` in batches of a size that the device has memory for."""
+    return halving(attempt, batch_windows(hidden.shape[1]), 1, compute.device, "windows")
 
 
 @torch.no_grad()

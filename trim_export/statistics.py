@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.errors import ModelError
-from trim_export.forward import BlockCall, Compute, run_block
+from trim_export.forward import BlockCall, Compute, in_batches, run_batches
 
 __all__ = [
     "InputStatistics",
@@ -149,8 +149,17 @@ def observe_block(
     Returns:
         Input statistics of ``linears``, as `collect_inputs` gathers them, and the block's output.
     """
-    outputs: list[Tensor] = []
-    inputs = collect_inputs(
-        block, linears, lambda: outputs.append(run_block(block, call, hidden, compute)), name, grams, call.joined
-    )
-    return inputs, outputs[0]
+
+    def observe(windows: int) -> tuple[dict[str, InputStatistics], Tensor]:
+        outputs: list[Tensor] = []
+        inputs = collect_inputs(
+            block,
+            linears,
+            lambda: outputs.append(run_batches(block, call, hidden, compute, windows)),
+            name,
+            grams,
+            call.joined,
+        )
+        return inputs, outputs[0]
+
+    return in_batches(observe, hidden, compute)

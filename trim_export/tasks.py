@@ -7,6 +7,7 @@ so that two models can be compared question by question.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trim_export.errors import EnvironmentLacks, UsageError, first_line
+from trim_export.progress import Track, silently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +40,8 @@ class Task:
     fields: tuple[str, ...]
 
 
+_SHOWN = 64
+"""Requests after which progress is shown again; of every question each choice is one."""
 ARC = Task("test", ("question", "choices", "answerKey"))
 TASKS: dict[str, Task] = {
     "boolq": Task("validation", ("passage", "question", "label")),
@@ -80,6 +84,7 @@ def zero_shot(
     data_dir: Path | None = None,
     limit: int | None = None,
     batch: int = 1,
+    track: Track[Any] = silently,
 ) -> dict[str, TaskScore]:
     """Ask a model the questions of some tasks.
 
@@ -90,6 +95,7 @@ def zero_shot(
         data_dir: holds ``NAME.jsonl``, or one ``NAME_*.jsonl``, for each; None takes the data sets from the hub.
         limit: of each task only the first so many questions.
         batch: sequences at a time.
+        track: shows progress.
 
     Raises:
         UsageError: a file or field that is missing, or data that cannot be fetched.
@@ -103,6 +109,15 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise EnvironmentLacks("zero-shot tasks need the eval extra: pip install 'trim-export[eval]'") from error
+
+    class Tracked(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+        """lm-eval's own model, asked a few requests at a time so that progress can be shown."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            parts = [requests[first : first + _SHOWN] for first in range(0, len(requests), _SHOWN)]
+            answers = (super(Tracked, self).loglikelihood(part, True) for part in track(parts, "zero-shot tasks"))
+            return list(itertools.chain.from_iterable(answers))
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager()
     try:
@@ -111,7 +126,7 @@ def zero_shot(
                 official = manager.task_index[name].yaml_path
                 (Path(directory) / f"{name}.yaml").write_text(json.dumps(_local(name, file, official)))
             found = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+                Tracked(pretrained=model, tokenizer=tokenizer, batch_size=batch),
                 tasks=[str(Path(directory) / f"{name}.yaml") if name in files else name for name in names],
                 num_fewshot=0,
                 limit=limit,

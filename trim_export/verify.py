@@ -19,6 +19,7 @@ from trim_export.artifact import Artifact
 from trim_export.evaluate import Divergence, divergence
 from trim_export.models import dtype_name
 from trim_export.patterns import Anywhere, parse_pattern
+from trim_export.progress import Track, silently
 from trim_export.runtimes import load
 from trim_export.runtimes.onnxruntime import ONNX_MANIFEST
 from trim_export.storage import read_json
@@ -60,14 +61,21 @@ STORED = {dtype_name(dtype): tolerance for dtype, tolerance in TOLERANCES.items(
 
 
 @torch.inference_mode()
-def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Iterable[str]) -> dict[str, Any]:
-    """Compare runtimes with the dense masked model on real prompts.
+def verify(
+    artifact: Artifact,
+    tokenizer: PreTrainedTokenizerBase,
+    runtimes: Iterable[str],
+    track: Track[Any] = silently,
+) -> dict[str, Any]:
+    """Compare runtimes with the dense masked model on real prompts; ``track`` shows progress, model by model.
 
     Returns:
         ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}], "pattern":
         {"name", "passed"}}``.
     """
-    results = _compare(lambda: load(artifact.path, "dense", dtype=torch.float32), artifact.path, tokenizer, runtimes)
+    results = _compare(
+        lambda: load(artifact.path, "dense", dtype=torch.float32), artifact.path, tokenizer, runtimes, track
+    )
     pattern = {"name": _pattern(artifact), "passed": pattern_holds(artifact)}
     return {
         "passed": pattern["passed"] and all(result["passed"] for result in results),
@@ -78,7 +86,11 @@ def verify(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, runtimes: Ite
 
 @torch.inference_mode()
 def verify_onnx(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, runtimes: Iterable[str], reference: Path | None
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    runtimes: Iterable[str],
+    reference: Path | None,
+    track: Track[Any] = silently,
 ) -> dict[str, Any]:
     """Compare an ONNX model's runtimes with the artifact that it was made of, on the same prompts.
 
@@ -88,6 +100,7 @@ def verify_onnx(
         runtimes: names in `trim_export.runtimes.onnxruntime.EXECUTIONS`.
         reference: the artifact. If None, the model's own functions in standard operators are: they decode what the
             kernels multiply, so the two differ by no more than the order of sums.
+        track: shows progress.
 
     Returns:
         As `verify`, without a pattern.
@@ -102,7 +115,7 @@ def verify_onnx(
             return load(directory, "onnxruntime-functions")
         return load(reference, "dense", dtype=torch.float32)
 
-    results = _compare(load_reference, directory, tokenizer, runtimes, tolerance)
+    results = _compare(load_reference, directory, tokenizer, runtimes, track, tolerance)
     return {"passed": all(result["passed"] for result in results), "runtimes": results}
 
 
@@ -111,19 +124,20 @@ def _compare(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     runtimes: Iterable[str],
+    track: Track[Any],
     tolerance: Tolerance | None = None,
 ) -> list[dict[str, Any]]:
     """What each runtime makes of the prompts and the reference's continuations; one model is in memory at a time."""
     prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
     reference = load_reference()
-    sequences = [_continue(reference, prompt) for prompt in prompts]
-    expected = [_logits(reference, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+    texts = [(_continue(reference, prompt), len(prompt)) for prompt in track(prompts, "reference: writing")]
+    expected = [_logits(reference, *text) for text in track(texts, "reference: reading")]
     del reference
     results = []
     for name in runtimes:
         gc.collect()
         model = load(directory, name)
-        given = [_logits(model, sequence, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+        given = [_logits(model, *text) for text in track(texts, f"{name}: reading")]
         results.append(_judge(name, model.dtype, expected, given, tolerance or TOLERANCES[model.dtype]))
         del model
     return results

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from torch import Tensor
@@ -64,7 +65,7 @@ def read_tensor(folder: Path, tensor: TensorProto) -> Tensor:
         file, offset, size = _locate(folder, tensor)
         if size != math.prod(shape) * np.dtype(numpy).itemsize:
             raise ArtifactError(f"{file}: {tensor.name} has {size} bytes, which its shape {list(shape)} does not")
-        array: Any = np.memmap(file, numpy, "c", offset, shape) if size else np.zeros(shape, numpy)
+        array: NDArray[Any] = np.memmap(file, numpy, "c", offset, shape) if size else np.zeros(shape, numpy)
     elif tensor.data_type == TensorProto.BFLOAT16:
         array = np.frombuffer(bytearray(tensor.raw_data), np.int16).reshape(shape)
     else:
@@ -113,7 +114,8 @@ class DataFile:
         """Append a tensor; returns the initializer that refers to it, or that holds it if it is small."""
         number, numpy = _DTYPES[tensor.dtype]
         plain = tensor.detach().contiguous()
-        array = (plain.view(torch.int16) if tensor.dtype == torch.bfloat16 else plain).numpy().astype(numpy, copy=False)
+        bits = plain.view(torch.int16) if tensor.dtype == torch.bfloat16 else plain
+        array: NDArray[Any] = bits.numpy().astype(numpy, copy=False)
         made = TensorProto(name=name, data_type=number, dims=tensor.shape)
         if array.nbytes < _INLINE_BYTES:
             made.raw_data = array.tobytes()

@@ -78,7 +78,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]`` and the key-value cache; others are ignored."""
+        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``; a given cache grows. The rest is ignored."""
         batch, tokens = input_ids.shape
         if isinstance(past_key_values, OnnxCache):
             past = past_key_values
@@ -92,9 +92,8 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
             {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.long().numpy()} | past.arrays
         )
         logits = torch.from_numpy(found.pop("logits"))
-        renamed = {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
-        cache = None if use_cache is False else OnnxCache(renamed)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        past.arrays = {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
+        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else past)
 
 
 def is_onnx(directory: Path | str) -> bool:

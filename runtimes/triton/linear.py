@@ -12,6 +12,7 @@ from trim_export.converters import G8, InterleavedCsr, SparseMatrix, nbytes
 from trim_export.converters.csr_interleaved import cost
 from trim_export.runtimes.linear import Layout, SparseLinear, siblings
 from trim_export.runtimes.native.linear import MaskedLinear
+from trim_export.runtimes.triton.launch import Packed
 from trim_export.runtimes.triton.operators import grouped_linear
 
 __all__ = ["PackedRows", "TritonLinear", "TritonRuntime", "join_siblings"]
@@ -105,6 +106,10 @@ class PackedRows(nn.Module):
         heights = [height for member in members for height in member.heights]
         index, values = (torch.cat([getattr(member, name) for member in members]) for name in ("index", "values"))
         return cls(heights, members[0].columns, ptr, index, gaps, values)
+
+    def tensors(self) -> Packed:
+        """As the kernels take them."""
+        return Packed(self.order, self.ptr, self.index, self.gaps, self.values, self.columns)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., columns] -> [..., rows]`` of all matrices, in the dtype of the inputs."""

@@ -1,7 +1,7 @@
 """From how many tokens on a GPU had better expand the weight, and how finely it wants its work cut.
 
-Without a measurement these are predictions (``benchmarks/roofline.py``); ``python -m benchmarks.gpu_layers --tune``
-writes measured ones to a small JSON file, one entry for each kind of GPU.
+Without a measurement these are predictions (``benchmarks/roofline.py``); ``trim-export bench --tune`` writes measured
+ones (`timing`) to a small JSON file, one entry for each kind of GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from trim_export.errors import UsageError
 
-__all__ = ["Choice", "choice_for", "predicted", "table_path", "write_choice"]
+__all__ = ["Choice", "choice_for", "predicted", "read_table", "table_path", "write_choice"]
 
 _SERVER = ((8, 0), (9, 0), (10, 0))
 """Capabilities of cards whose memory is so fast that instructions bind at larger batches."""
@@ -61,24 +61,23 @@ def choice_for(device: torch.device) -> Choice:
     """
     if device.type != "cuda":
         return predicted((8, 9))
-    measured = _read(table_path()).get(torch.cuda.get_device_name(device))
+    measured = read_table(table_path()).get(torch.cuda.get_device_name(device))
     nvidia = torch.version.hip is None
     return measured or predicted(torch.cuda.get_device_capability(device) if nvidia else None)
 
 
-def write_choice(name: str, choice: Choice) -> Path:
-    """Add or replace the choice for GPUs called ``name``; other entries stay."""
-    path = table_path()
-    table = {known: asdict(found) for known, found in _read(path).items()} | {name: asdict(choice)}
+def write_choice(path: Path, name: str, choice: Choice) -> None:
+    """Add or replace the choice for GPUs called ``name`` in a table; other entries stay."""
+    table = {known: asdict(found) for known, found in read_table(path).items()} | {name: asdict(choice)}
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(".partial")
     staged.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     os.replace(staged, path)
     choice_for.cache_clear()
-    return path
 
 
-def _read(path: Path) -> dict[str, Choice]:
+def read_table(path: Path) -> dict[str, Choice]:
+    """Choices by the names of GPUs, none where there is no file; `UsageError` when the table is damaged."""
     if not path.exists():
         return {}
     try:

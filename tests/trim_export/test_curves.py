@@ -184,7 +184,7 @@ def test_out_of_memory_halves_the_chunk_and_says_so(caplog: pytest.LogCaptureFix
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
     assert tried == [2**24 >> halvings for halvings in range(len(tried))]
     assert tried[-1] <= 100 < tried[-2]
-    assert f"cpu is out of memory: trying again with chunks of {tried[-1]} values" in caplog.text
+    assert f"cpu is out of memory: trying again with {tried[-1]} values at a time" in caplog.text
 
 
 def test_out_of_memory_for_a_single_sample_is_passed_on() -> None:

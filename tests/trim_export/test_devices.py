@@ -10,15 +10,22 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_tokens
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import trim_export
-from trim_export.curves import _portable_curves
+from trim_export.curves import curves
 from trim_export.forward import Compute
 from trim_export.models import load_model
 from trim_export.prune import prune
 from trim_export.recipe import Recipe
+from trim_export.row_budgets import keep_best
+from trim_export.scores import SCORES
+from trim_export.statistics import input_statistics
+from trim_export.updates import UPDATES, LayerProblem, Support
 
 PACKAGE = str(Path(trim_export.__file__).parent)
 
@@ -78,9 +85,65 @@ def test_the_watch_sees_a_lapse() -> None:
     assert watch.lapses == {"somewhere.py:made"}
 
 
-def test_curves_stay_on_the_device_of_their_weight() -> None:
-    weight, inputs = torch.empty(6, 9, device="meta"), torch.empty(9, 4, device="meta")
-    order = torch.empty(6, 9, dtype=torch.int64, device="meta")
-    numerator, norm2 = _portable_curves(weight, order, inputs, weight @ inputs)
-    assert (numerator.device.type, norm2.device.type) == ("meta", "meta")
-    assert numerator.shape == norm2.shape == (6, 10)
+class Valueless(TorchDispatchMode):
+    """Runs code on tensors that have shapes and no values (``meta``), and answers what it asks of their values.
+
+    Every value is one or true, and every integer zero.
+
+    Attributes:
+        strays: operators that made something else than a single number outside of ``meta``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strays: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default:
+            return True if args[0].is_floating_point() or args[0].dtype is torch.bool else 0
+        if func is aten.equal.default:
+            return True
+        if func is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
+            return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu")
+        made = func(*args, **kwargs)
+        self.strays |= {str(func) for found in tree_leaves(made)
+                        if isinstance(found, Tensor) and found.dim() > 0 and found.device.type != "meta"}  # fmt: skip
+        return made
+
+
+def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_statistics_scores_and_curves_run_where_their_tensors_are() -> None:
+    weight = shaped(6, 10)
+    with Valueless() as mode:
+        inputs = input_statistics(shaped(4, 7, 10), "layer")
+        scores = {name: score.formula(weight, inputs, weight) for name, score in SCORES.items()}
+        found = curves(weight, scores["wanda"].argsort(dim=1), inputs.last_tokens)
+        mask = keep_best(scores["wanda"], shaped(6, dtype=torch.int64))
+    assert mode.strays == set()
+    assert (inputs.mean_square.shape, inputs.last_tokens.shape) == ((10,), (10, 4))
+    assert {score.shape for score in scores.values()} == {(6, 10)}
+    assert found.numerator.shape == found.norm2.shape == (6, 11)
+    assert found.target_norm2.shape == (6,)
+    assert (mask.shape, mask.dtype, mask.device.type) == ((6, 10), torch.bool, "meta")
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("update", UPDATES)
+def test_updates_run_where_their_tensors_are(update: str, by_row: bool) -> None:
+    support = Support(shaped(6, 10, dtype=torch.bool), by_row)
+    with Valueless() as mode:
+        found = UPDATES[update](LayerProblem(shaped(6, 10), shaped(10, 10), shaped(6, 10)), support)
+    assert mode.strays == set()
+    assert (found.weight.shape, found.weight.dtype, found.weight.device.type) == ((6, 10), torch.float32, "meta")
+    assert (found.mask.shape, found.mask.dtype, found.mask.device.type) == ((6, 10), torch.bool, "meta")
+
+
+def test_the_mode_sees_a_stray() -> None:
+    with Valueless() as mode:
+        shaped(3, 3) @ torch.zeros(3, 3)
+    assert mode.strays == {"aten.zeros.default"}

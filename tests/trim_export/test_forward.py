@@ -13,8 +13,18 @@ from transformers import PreTrainedModel
 
 from trim_export import forward
 from trim_export.errors import EnvironmentLacks
-from trim_export.forward import Compute, batch_windows, block_calls, choose_compute, embed, finish_forward, run_block
+from trim_export.forward import (
+    BlockCall,
+    Compute,
+    batch_windows,
+    block_calls,
+    choose_compute,
+    embed,
+    finish_forward,
+    run_block,
+)
 from trim_export.models import decoder_blocks
+from trim_export.statistics import observe_block
 
 EXACT = Compute(torch.device("cpu"), autocast=False)
 LENGTH = 12
@@ -82,6 +92,56 @@ def test_batches_have_the_expected_sizes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sizes == [2, 2, 1]
     assert batch_windows(LENGTH) == 2
     assert batch_windows(1000) == 1
+
+
+class Scarce(nn.Module):
+    """A block on a device whose memory holds only so many windows.
+
+    Attributes:
+        sizes: windows of every batch that it was asked to take.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.sizes: list[int] = []
+        self.up = nn.Linear(6, 6)
+        self.down = nn.Linear(6, 6)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.sizes.append(len(hidden))
+        inner = self.up(hidden)
+        if len(hidden) > self.most:  # after one layer has run
+            raise torch.OutOfMemoryError("too large")
+        output: Tensor = self.down(inner)
+        return output
+
+
+@pytest.mark.parametrize(("most", "tried"), [(8, 8), (5, 4), (1, 1)])
+def test_out_of_memory_makes_smaller_batches_and_says_so(
+    most: int, tried: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(forward, "TOKENS_PER_BATCH", 8 * LENGTH)
+    block, hidden, call = Scarce(most), torch.randn(9, LENGTH, 6), BlockCall((), {}, False)
+    linears = {"up": block.up, "down": block.down}
+    statistics, output = observe_block(block, linears, call, hidden, EXACT, "block")
+    torch.testing.assert_close(output, block.down(block.up(hidden)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run_block(block, call, hidden, EXACT), output, rtol=0, atol=0)
+    # The attempts that failed have left no trace in the sums.
+    for name, seen in (("up", hidden), ("down", block.up(hidden))):
+        expected = seen.double().square().sum(dim=(0, 1)) / len(hidden)
+        torch.testing.assert_close(statistics[name].mean_square.double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(statistics[name].last_tokens, seen[:, -1].T, rtol=1e-6, atol=1e-6)
+    assert max(size for size in block.sizes if size <= most) == tried
+    if most < 8:
+        assert f"cpu is out of memory: trying again with {tried} windows at a time" in caplog.text
+    else:
+        assert caplog.text == ""
+
+
+def test_out_of_memory_for_a_single_window_is_passed_on() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        run_block(Scarce(0), BlockCall((), {}, False), torch.randn(3, LENGTH, 6), EXACT)
 
 
 def test_no_hook_is_left_behind_even_after_an_error() -> None:

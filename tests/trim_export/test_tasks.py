@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from trim_export import tasks
 from trim_export.artifact import Artifact
 from trim_export.errors import UsageError
 from trim_export.models import load_model
@@ -32,7 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("default")
 def test_accuracies_are_those_that_lm_eval_finds_itself(
-    tiny: Callable[[str], Path], pruned: Callable[[str], Artifact], data: Path, tmp_path: Path
+    tiny: Callable[[str], Path],
+    pruned: Callable[[str], Artifact],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the eval extra is not installed")
     # The tiny tokenizer reads characters, of which the model would take 64.
@@ -41,7 +47,16 @@ def test_accuracies_are_those_that_lm_eval_finds_itself(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     dense = load_model(str(tmp_path))
-    found = zero_shot(dense.model, dense.tokenizer, ["boolq", "openbookqa"], data)
+    sizes: list[int] = []
+
+    def track(items: Iterable[Any], description: str) -> Iterable[Any]:
+        for item in items:
+            sizes.append(len(item))
+            yield item
+
+    monkeypatch.setattr(tasks, "_SHOWN", 8)
+    found = zero_shot(dense.model, dense.tokenizer, ["boolq", "openbookqa"], data, track=track)
+    assert sizes == [8, 8, 8, 6]  # six questions with two and with three choices
     official = _task_manager().task_index["openbookqa"].yaml_path
     own = {"include": str(official), "task": "own", "dataset_path": "json", "dataset_name": None,
            "dataset_kwargs": {"data_files": {"test": str(data / "openbookqa_6.jsonl")}},

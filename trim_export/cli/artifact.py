@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Directory, Json, app, out, write_json
+from trim_export.cli.common import Directory, Json, app, out, track, write_json
 from trim_export.errors import ArtifactError, CheckFailed, EnvironmentLacks, UsageError, choose, first_line
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def convert(
     else:
         from trim_export.convert import convert as convert_artifact
 
-        result = convert_artifact(artifact, to, output, blocks)
+        result = convert_artifact(artifact, to, output, blocks, track)
     out.print(
         table(
             f"{to} in {output}",
@@ -77,7 +77,7 @@ def _to_onnx(
     choose("dtype", dtype or stored, VALUES)
     choose("LM head", lm_head, LM_HEADS)
     form = Form(encoding, dtype or stored, stored if lm_head == "stored" else lm_head)
-    return convert_to_onnx(artifact, output, None if portable else form)
+    return convert_to_onnx(artifact, output, None if portable else form, track)
 
 
 def _parse_block(text: str | None) -> tuple[int, int] | None:

@@ -81,7 +81,8 @@ def measure_perplexity(
     from trim_export.calibration import consecutive_windows, token_stream
     from trim_export.evaluate import perplexity
 
-    return asdict(perplexity(model, consecutive_windows(token_stream(text, tokenizer), length, windows, first)))
+    scored = consecutive_windows(token_stream(text, tokenizer), length, windows, first)
+    return asdict(perplexity(model, scored, track))
 
 
 def open_quietly(directory: Path) -> Artifact:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Json, app, out, read_tokenizer, write_json
+from trim_export.cli.common import Json, app, out, read_tokenizer, track, write_json
 from trim_export.errors import UsageError, choose
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ def _on_text(names: Sequence[str], loaded: Loaded, other: Loaded | None, tokens:
 
     scores: dict[str, dict[str, Any]] = {}
     if "perplexity" in names:
-        scores["perplexity"] = asdict(perplexity(loaded[0], tokens))
+        scores["perplexity"] = asdict(perplexity(loaded[0], tokens, track))
         if other is not None:
-            scores["perplexity"]["reference"] = perplexity(other[0], tokens).value
+            scores["perplexity"]["reference"] = perplexity(other[0], tokens, track).value
     if "divergence" in names and other is not None:
         if other[0].get_input_embeddings().num_embeddings != loaded[0].get_input_embeddings().num_embeddings:
             raise UsageError("divergence compares models of one vocabulary; these two have vocabularies of other sizes")
-        found = asdict(compare(other[0], loaded[0], tokens))
+        found = asdict(compare(other[0], loaded[0], tokens, track))
         scores["divergence"] = {**found, "windows": len(tokens), "tokens": tokens.numel()}
     return scores
 
@@ -110,10 +110,10 @@ def _zero_shot(
         return {}
     from trim_export.tasks import agreement, zero_shot
 
-    found = zero_shot(*loaded, names, data_dir, limit, batch)
+    found = zero_shot(*loaded, names, data_dir, limit, batch, track)
     scores = {name: score.as_json() for name, score in found.items()}
     if other is not None:
-        for name, score in zero_shot(*other, names, data_dir, limit, batch).items():
+        for name, score in zero_shot(*other, names, data_dir, limit, batch, track).items():
             scores[name] |= {"reference": score.value, "agreement": agreement(found[name], score)}
     return scores
 

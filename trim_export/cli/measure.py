@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from trim_export.cli.common import (
     out,
     quiet,
     read_tokenizer,
+    track,
     write_json,
 )
 from trim_export.errors import CheckFailed, UsageError, choose
@@ -42,12 +43,12 @@ def verify(
     if is_onnx(directory):
         quiet()
         names = runtime or [name for name in EXECUTIONS if reference is not None or EXECUTIONS[name]]
-        result = verify_onnx(directory, read_tokenizer(directory), names, reference)
+        result = verify_onnx(directory, read_tokenizer(directory), names, reference, track)
     elif reference is not None:
         raise UsageError("--reference belongs to an ONNX directory; an artifact is compared with itself, run densely")
     else:
         artifact = open_quietly(directory)
-        result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes())
+        result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes(), track)
     against = "standard operators" if is_onnx(directory) and reference is None else "the dense masked model in float32"
     out.print(
         table(
@@ -92,6 +93,14 @@ def bench(
     beside: Annotated[
         list[Path] | None, typer.Option(help="An ONNX directory to measure in the same run; repeat for several.")
     ] = None,
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead time the Triton kernels with this artifact's layers on this machine's GPU, and write which "
+            "of them to use for how many tokens into this table.",
+            metavar="FILE",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Measure latency and memory of each runtime against the dense model, interleaved, each in its own process."""
@@ -102,6 +111,9 @@ def bench(
     from trim_export.runtimes import LM_HEADS, available_runtimes
     from trim_export.runtimes.onnxruntime import EXECUTIONS, is_onnx
 
+    if tune is not None:
+        write_json(json_file, _tune(directory, tune))
+        return
     others = beside or []
     for path in others:
         if not is_onnx(path):
@@ -118,3 +130,36 @@ def bench(
     result = bench_entries(entries, workload)
     out.print(bench_table(result))
     write_json(json_file, result)
+
+
+def _tune(directory: Path, table: Path) -> dict[str, Any]:
+    """Time the Triton kernels and write the best choice for this GPU into a table."""
+    from dataclasses import asdict
+    from functools import partial
+
+    import torch
+
+    from trim_export.report import facts
+    from trim_export.runtimes import load
+    from trim_export.runtimes.triton import PackedRows
+    from trim_export.runtimes.triton.timing import gpu_times, tune
+    from trim_export.runtimes.triton.tuning import read_table, write_choice
+
+    open_quietly(directory)
+    read_table(table)  # a damaged one is told before anything is timed
+    model = load(directory, "triton", device="cuda")
+    layers = [module.tensors() for module in model.modules() if isinstance(module, PackedRows)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu, choice = torch.cuda.get_device_name(device), tune(layers, partial(gpu_times, device=device), track)
+    write_choice(table, gpu, choice)
+    out.print(
+        facts(
+            gpu,
+            [
+                ("weights are multiplied as they lie", f"up to {choice.gathered_tokens} tokens at a time"),
+                ("rows are cut until they fill the GPU", f"{choice.waves} times"),
+                ("the runtime reads this with", f"TRIM_EXPORT_TUNING={table}"),
+            ],
+        )
+    )
+    return {"gpu": gpu, **asdict(choice)}

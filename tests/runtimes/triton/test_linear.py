@@ -244,9 +244,10 @@ def test_the_predicted_break_even(capability: tuple[int, int] | None, tokens: in
 
 
 def test_measured_choices_are_kept_by_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRIM_EXPORT_TUNING", str(tmp_path / "deep" / "t.json"))
-    tuning.write_choice("A", tuning.Choice(4, 1))
-    path = tuning.write_choice("B", tuning.Choice(16, 4))
+    path = tmp_path / "deep" / "t.json"
+    monkeypatch.setenv("TRIM_EXPORT_TUNING", str(path))
+    tuning.write_choice(path, "A", tuning.Choice(4, 1))
+    tuning.write_choice(path, "B", tuning.Choice(16, 4))
     assert json.loads(path.read_text()) == {
         "A": {"gathered_tokens": 4, "waves": 1}, "B": {"gathered_tokens": 16, "waves": 4},
     }  # fmt: skip
@@ -256,8 +257,7 @@ def test_measured_choices_are_kept_by_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"A": {}}', '{"A": {"gathered_tokens": 99}}', '{"A": {"rows": 1}}'])
-def test_a_damaged_table_says_so(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_table_says_so(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(text)
-    monkeypatch.setenv("TRIM_EXPORT_TUNING", str(tmp_path / "t.json"))
     with pytest.raises(UsageError, match=r"t\.json: not a table of GPU choices .*delete it or tune again"):
-        tuning.write_choice("A", tuning.Choice(8))
+        tuning.write_choice(tmp_path / "t.json", "A", tuning.Choice(8))
