@@ -5,7 +5,7 @@ set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 
 echo "== 1. numerics on the device, against float64"
-$python -m pytest -m gpu tests/runtimes/triton | tee gpu_tests.log
+$python -m pytest -m gpu tests/runtimes/triton tests/runtimes/onnxruntime | tee gpu_tests.log
 
 echo "== 2. illegal addresses, races and uninitialised reads (compute-sanitizer comes with the CUDA toolkit)"
 if command -v compute-sanitizer >/dev/null; then

@@ -31,7 +31,12 @@ def constants(operator: Operator, matrix: SparseMatrix, values: str) -> dict[str
 
 
 def write_operator(
-    folder: Path, operator: Operator, shape: tuple[int, int], parts: dict[str, Tensor], function: bool = True
+    folder: Path,
+    operator: Operator,
+    shape: tuple[int, int],
+    parts: dict[str, Tensor],
+    function: bool = True,
+    element: int = TensorProto.FLOAT,
 ) -> None:
     """A model of one node: ``A`` in, ``Y`` out."""
     rows, columns = shape
@@ -45,18 +50,24 @@ def write_operator(
         rows=rows,
         columns=columns,
     )
-    write_graph(folder, [node], stored, columns, rows, [operator.function(OPSET)] if function else [])
+    write_graph(folder, [node], stored, columns, rows, [operator.function(OPSET)] if function else [], element)
 
 
 def write_graph(
-    folder: Path, nodes: list[Any], stored: list[Any], columns: int, rows: int, functions: list[Any]
+    folder: Path,
+    nodes: list[Any],
+    stored: list[Any],
+    columns: int,
+    rows: int,
+    functions: list[Any],
+    element: int = TensorProto.FLOAT,
 ) -> ModelProto:
-    """A model with float32 ``A [tokens, columns]`` in and ``Y [tokens, rows]`` out."""
+    """A model with ``A [tokens, columns]`` in and ``Y [tokens, rows]`` out."""
     graph = helper.make_graph(
         nodes,
         "test",
-        [helper.make_tensor_value_info("A", TensorProto.FLOAT, ["tokens", columns])],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["tokens", rows])],
+        [helper.make_tensor_value_info("A", element, ["tokens", columns])],
+        [helper.make_tensor_value_info("Y", element, ["tokens", rows])],
         stored,
     )
     opsets = [

@@ -22,9 +22,11 @@ struct Value;
 struct TypeAndShape;
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
-enum ElementType { kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kUInt16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType {
+    kAnyType = 0, kFloat = 1, kUInt8 = 2, kInt8 = 3, kUInt16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16
+};
 enum Characteristic { kRequired = 0 };
-enum MemoryType { kDefaultMemory = 0 };
+enum MemoryType { kHostMemory = -2, kDefaultMemory = 0 };  // default: the provider's own
 
 struct ApiBase {
     const void* const* (*get_api)(std::uint32_t version);
@@ -75,13 +77,17 @@ class Api {
         return at<Function>(91)(context, index, sides, rank, value);
     }
     void release(TypeAndShape* shape) const { at<void (*)(TypeAndShape*)>(99)(shape); }
+    Status* gpu_stream(const KernelContext* context, void** stream) const {
+        return at<Status* (*)(const KernelContext*, void**)>(193)(context, stream);
+    }
     Status* constant(const KernelInfo* info, std::size_t index, int* is_constant, const Value** value) const {
         return at<Status* (*)(const KernelInfo*, std::size_t, int*, const Value**)>(249)(info, index, is_constant,
                                                                                          value);
     }
     Status* parallel_for(const KernelContext* context, void (*work)(void*, std::size_t), std::size_t count,
                          void* task) const {
-        using Function = Status* (*)(const KernelContext*, void (*)(void*, std::size_t), std::size_t, std::size_t, void*);
+        using Work = void (*)(void*, std::size_t);
+        using Function = Status* (*)(const KernelContext*, Work, std::size_t, std::size_t, void*);
         return at<Function>(274)(context, work, count, count, task);
     }
 

@@ -1,0 +1,178 @@
+// The constants of each operator: a matrix as the native engine takes it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../native/trim_native.h"
+#include "tensors.h"
+
+namespace trim::ort {
+
+inline std::int32_t value_type(const Api& api, int type) {
+    switch (type) {
+        case kFloat: return TRIM_NATIVE_F32;
+        case kBFloat16: return TRIM_NATIVE_BF16;
+        case kFloat16: return TRIM_NATIVE_F16;
+        case kInt8: return TRIM_NATIVE_I8;
+        default: refuse(api, "values are none of float32, bfloat16, float16 and int8");
+    }
+}
+
+// A matrix W whose arrays belong to the session. Values, scales and columns of lists are only pointed to, so that they
+// may be in another memory.
+class Constants {
+  public:
+    Constants(const Api& api, const KernelInfo* info) : api_(api) {
+        require(api.attribute(info, "rows", &rows_));
+        require(api.attribute(info, "columns", &columns_));
+    }
+    virtual ~Constants() = default;
+    Constants(const Constants&) = delete;
+    Constants& operator=(const Constants&) = delete;
+
+    std::int64_t rows() const { return rows_; }
+    std::int64_t columns() const { return columns_; }
+
+    // The engine's status for so many tokens without gaps; of no tokens, what it has against the matrix.
+    virtual std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
+                                  float* outputs) const = 0;
+
+    void check() const { refuse_status(multiply({1, 1, nullptr, nullptr}, nullptr, 0, nullptr)); }
+
+    void refuse_status(std::int32_t status) const {
+        if (status != TRIM_NATIVE_OK) refuse(api_, trim_native_message(status));
+    }
+
+  protected:
+    // What every operator has: values and, right behind them, scales.
+    void read_values(const KernelInfo* info, std::size_t index, const void** values, std::int64_t* size) {
+        const Tensor tensor = read_constant(api_, info, index, "values", kAnyType);
+        const Tensor scales = read_constant(api_, info, index + 1, "scales", kFloat);
+        value_type_ = value_type(api_, tensor.type);
+        *values = tensor.data;
+        *size = tensor.size();
+        scales_ = static_cast<const float*>(scales.data);
+        scales_size_ = scales.size();
+    }
+
+    Api api_;
+    std::int64_t rows_ = 0, columns_ = 0;
+    std::int32_t value_type_ = 0;
+    const float* scales_ = nullptr;
+    std::int64_t scales_size_ = 0;
+};
+
+class Sparse : public Constants {
+  public:
+    static constexpr std::size_t kStructure = 2;  // inputs behind A that are read here
+
+    Sparse(const Api& api, const KernelInfo* info) : Constants(api, info) {
+        const Tensor order = read_constant(api, info, 1, "order", kInt32);
+        matrix_.rows = rows_;
+        matrix_.columns = columns_;
+        matrix_.order = static_cast<const std::int32_t*>(order.data);
+        matrix_.order_size = order.size();
+    }
+
+    const TrimNativeMatrix& matrix() const { return matrix_; }
+
+    std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
+                          float* outputs) const override {
+        return trim_native_linear_on(&pool, &matrix_, inputs, tokens, columns_, outputs, rows_);
+    }
+
+  protected:
+    void scale() {
+        matrix_.value_type = value_type_;
+        matrix_.scales = scales_;
+        matrix_.scales_size = scales_size_;
+    }
+
+    TrimNativeMatrix matrix_{};
+};
+
+class Bitmap : public Sparse {
+  public:
+    static constexpr const char* kName = "SparseMatMulBitmap";
+    static constexpr std::size_t kInputs = 5;
+
+    Bitmap(const Api& api, const KernelInfo* info) : Sparse(api, info) {
+        const Tensor mask = read_constant(api, info, 2, "mask", kUInt8);
+        read_values(info, 3, &matrix_.values, &matrix_.values_size);
+        scale();
+        const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
+        if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||
+            reinterpret_cast<std::uintptr_t>(mask.data) % alignof(std::uint64_t)) {
+            refuse(api, "the mask is no aligned [groups, words, 32]");
+        }
+        matrix_.bitmap_rows = rows_;
+        matrix_.mask = static_cast<const std::uint64_t*>(mask.data);
+        matrix_.mask_size = mask.size() / 8;
+        starts_.push_back(0);
+        for (std::int64_t group = 0, kept = 0; group < mask.sides[0]; ++group) {
+            const std::uint64_t* const bits = matrix_.mask + 4 * words * group;
+            for (std::int64_t i = 0; i < 4 * words; ++i) kept += __builtin_popcountll(bits[i]);
+            starts_.push_back(kept);
+        }
+        matrix_.group_start = starts_.data();
+        matrix_.group_start_size = static_cast<std::int64_t>(starts_.size());
+        static const std::int64_t no_lists = 0;
+        matrix_.list_start = &no_lists;
+        matrix_.list_start_size = 1;
+    }
+
+  private:
+    std::vector<std::int64_t> starts_;
+};
+
+class Sell8 : public Sparse {
+  public:
+    static constexpr const char* kName = "SparseMatMulSell8";
+    static constexpr std::size_t kInputs = 6;
+
+    Sell8(const Api& api, const KernelInfo* info) : Sparse(api, info) {
+        const Tensor start = read_constant(api, info, 2, "start", kInt64);
+        const Tensor columns = read_constant(api, info, 3, "columns", kUInt16);
+        read_values(info, 4, &matrix_.list_values, &matrix_.list_values_size);
+        scale();
+        matrix_.list_start = static_cast<const std::int64_t*>(start.data);
+        matrix_.list_start_size = start.size();
+        matrix_.list_columns = static_cast<const std::uint16_t*>(columns.data);
+        matrix_.list_columns_size = columns.size();
+        static const std::int64_t no_groups = 0;
+        alignas(64) static const unsigned char tail[4 * TRIM_NATIVE_TAIL] = {};
+        matrix_.group_start = &no_groups;
+        matrix_.group_start_size = 1;
+        matrix_.values = tail;
+        matrix_.values_size = TRIM_NATIVE_TAIL;
+    }
+};
+
+class Dense : public Constants {
+  public:
+    static constexpr const char* kName = "DenseMatMul";
+    static constexpr std::size_t kInputs = 3, kStructure = 0;
+
+    Dense(const Api& api, const KernelInfo* info) : Constants(api, info) {
+        read_values(info, 1, &matrix_.values, &matrix_.values_size);
+        matrix_.rows = rows_;
+        matrix_.columns = columns_;
+        matrix_.value_type = value_type_;
+        matrix_.scales = scales_;
+        matrix_.scales_size = scales_size_;
+    }
+
+    const TrimNativeDense& matrix() const { return matrix_; }
+
+    std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
+                          float* outputs) const override {
+        return trim_native_dense_on(&pool, &matrix_, inputs, tokens * columns_, outputs, tokens * rows_);
+    }
+
+  private:
+    TrimNativeDense matrix_{};
+};
+
+}  // namespace trim::ort
