@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "trim_export", "converters", "runtimes"]
-LIBRARIES = ["trim_export/native/libtrim_curves.so", "trim_export/runtimes/native/libtrim_native.so"]
+LIBRARIES = [
+    "trim_export/native/libtrim_curves.so",
+    "trim_export/runtimes/native/libtrim_native.so",
+    "trim_export/runtimes/onnxruntime/libtrim_onnxruntime.so",
+]
 COMPILERS = [os.environ.get("CXX", "c++"), "g++", "clang++"]
 
 

@@ -43,14 +43,15 @@ int main(int count, char** words) {
         const auto list_values = read_array<std::uint8_t>(file, sizes[6]);
         const auto scales = read_array<float>(file, sizes[7]);
         const std::int64_t bytes[] = {4, 2, 2, 1};
-        const std::int64_t width = head[3] >= 0 && head[3] < 4 ? bytes[head[3]] : 1;
+        const std::int32_t kind = static_cast<std::int32_t>(head[3]);
+        const std::int64_t width = kind >= 0 && kind < 4 ? bytes[kind] : 1;
         const TrimNativeMatrix matrix = {rows, columns, head[2],
                                          order.get(), sizes[0] / 4, mask.get(), sizes[1] / 8,
                                          starts.get(), sizes[2] / 8, values.get(), sizes[3] / width,
                                          list_starts.get(), sizes[4] / 8, list_columns.get(), sizes[5] / 2,
                                          list_values.get(), sizes[6] / width,
                                          sizes[7] ? scales.get() : nullptr, sizes[7] / 4,
-                                         static_cast<std::int32_t>(head[3])};
+                                         kind};
         // A caller's own arrays are as large as it says they are; only matrices come from files.
         const bool sane = rows > 0 && columns > 0 && rows < 4096 && columns < 4096;
         std::vector<float> x(sane ? static_cast<std::size_t>(tokens * columns) : 1, 0.5f);
