@@ -222,6 +222,21 @@ def test_a_link_out_of_the_directory_is_refused(exported: Callable[..., Path], t
     assert "not a regular file" in sentence(run("generate", folder, "--prompt", "abc", check=2))
 
 
+def test_without_the_library_standard_operators_are_used_and_that_is_said(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trim_export.errors import EnvironmentLacks
+    from trim_export.runtimes.onnxruntime import open_session, session
+
+    monkeypatch.setattr(session, "operator_library", lambda: None)
+    folder = exported("llama-16")
+    with pytest.warns(RuntimeWarning, match="standard operators are used instead"):
+        assert open_session(folder).kernels is False
+    with pytest.raises(EnvironmentLacks, match="not installed"):
+        open_session(folder, kernels=True)
+    assert open_session(exported("llama-16", "--portable")).kernels is None
+
+
 def test_an_unknown_runtime_of_an_onnx_directory_names_the_known_ones(exported: Callable[..., Path]) -> None:
     failed = run("generate", exported("llama-16", "--portable"), "--prompt", "a", "--runtime", "native", check=2)
     assert "onnxruntime, onnxruntime-functions" in sentence(failed)

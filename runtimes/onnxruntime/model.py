@@ -106,7 +106,7 @@ def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None 
 
     Args:
         directory: with ``model.onnx`` and ``config.json`` or ``genai_config.json``.
-        runtime: a name in `EXECUTIONS`, or ``auto`` for our operators.
+        runtime: a name in `EXECUTIONS`, or ``auto`` for our operators if they are installed.
         threads: of the session; None is torch's number.
 
     Raises:
@@ -114,7 +114,7 @@ def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None 
         ArtifactError, EnvironmentLacks: as `open_session`.
     """
     root = Path(directory)
-    kernels = runtime == "auto" or choose("runtime of an ONNX model", runtime, EXECUTIONS)
+    kernels = None if runtime == "auto" else choose("runtime of an ONNX model", runtime, EXECUTIONS)
     session = open_session(root, kernels, threads or torch.get_num_threads())
     missing = {"input_ids", "attention_mask"} - set(session.inputs)
     if missing:

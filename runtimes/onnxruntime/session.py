@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ ONNX_MANIFEST = "trim_onnx.json"
 """What an exported directory says of how it was made."""
 
 CPU = "CPUExecutionProvider"
+
+_LACKING = "our ONNX operators are not installed; install a C++ compiler and trim-export again"
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ def operator_library() -> Path | None:
     return find_library("runtimes", "onnxruntime", LIBRARY)
 
 
-def open_session(directory: Path, kernels: bool = True, threads: int | None = None) -> Session:
+def open_session(directory: Path, kernels: bool | None = None, threads: int | None = None) -> Session:
     """Load ``model.onnx`` of a directory on the CPU.
 
     Args:
         directory: with the graph and its weights.
-        kernels: register our operators; without them ONNX Runtime decodes what it loads and multiplies densely.
+        kernels: register our operators; without them ONNX Runtime decodes what it loads and multiplies densely. None
+            takes them where they are installed, and warns where they are not.
         threads: of the session; None leaves its choice.
 
     Raises:
@@ -85,10 +89,14 @@ def open_session(directory: Path, kernels: bool = True, threads: int | None = No
     options.log_severity_level = 3  # errors; they come as exceptions too
     if threads:
         options.intra_op_num_threads = threads
+    library = operator_library()
+    if kernels is None:
+        kernels = library is not None
+        if ours and not kernels:
+            warnings.warn(f"{_LACKING}; standard operators are used instead", RuntimeWarning, stacklevel=2)
     if ours and kernels:
-        library = operator_library()
         if library is None:
-            raise EnvironmentLacks("our ONNX operators are not installed; install a C++ compiler and trim-export again")
+            raise EnvironmentLacks(_LACKING)
         options.register_custom_ops_library(str(library))
     try:
         native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU])
