@@ -58,6 +58,8 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = _products(model, weights)
     head = find_head(model, source) if form.head is not None else None
+    if head is not None and _sparsity(read_tensor(source, weights[head.name])) >= form.least_sparsity:
+        head = None  # it was pruned, and is a sparse product like the others
     skipped = set() if head is None else head.weights
     counts: list[tuple[int, int]] = []
     used: dict[str, Operator] = {}

@@ -92,7 +92,7 @@ def test_a_graph_without_sparse_products_is_refused(tmp_path: Path) -> None:
 def decoder(folder: Path, tied: str) -> dict[str, Tensor]:
     """Tokens to logits: lookup, a sparse product, and a head that is tied to the lookup or is not."""
     table, inner = torch.randn(33, 24), sparse(24, 24)
-    head = torch.randn(33, 24) if tied == "no" else table
+    head = {"no": torch.randn(33, 24), "pruned": sparse(33, 24)}.get(tied, table)
     weights = {"inner": inner.T.contiguous(), "head": head.T.contiguous()}
     nodes = []
     if tied == "turned":
@@ -140,6 +140,15 @@ def test_head_and_embedding_are_one_matrix_where_they_are_tied(
     for kernels in (True, False):
         logits = open_session(out, kernels).run({"tokens": tokens.numpy()})["logits"]
         assert (torch.from_numpy(logits) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_a_pruned_head_is_a_sparse_product(tmp_path: Path) -> None:
+    decoder(tmp_path / "dense", "pruned")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert sparsify(tmp_path / "dense", out, Form(head="float32")).matrices == 2
+    names = {node.op_type for node in read_model(out / MODEL).graph.node}
+    assert names == {"Gather", "SparseMatMulBitmap"}
 
 
 @pytest.mark.parametrize(
