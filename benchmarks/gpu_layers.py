@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_plot import plot
 from trim_export.converters import SparseMatrix
 from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks
@@ -91,7 +92,7 @@ def contestants(matrix: SparseMatrix, packed: Packed, inputs: Tensor) -> dict[st
 def main() -> None:
     """Measure, print a line for each row, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file, and a plot beside it")
     parser.add_argument("--tune", action="store_true", help="write the best choice for this GPU to the runtime's table")
     options = parser.parse_args()
     reason = TritonRuntime().unavailable()
@@ -105,7 +106,9 @@ def main() -> None:
             "{ratio_to_cublas:5.2f}x cuBLAS  error {relative_error}".format(**row)
         )
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+        about = machine(device)
+        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        print(plot(rows, about, options.json.with_suffix(".svg")))
     if options.tune:
         choice = best_choice((row["tokens"], row["contestant"], row["median_us"]) for row in rows)
         write_choice(table_path(), torch.cuda.get_device_name(device), choice)
