@@ -26,15 +26,13 @@ from trim_export.cuda import driver_facts
 from trim_export.errors import EnvironmentLacks, choose
 from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
-from trim_export.runtimes.onnxruntime import EXECUTIONS, ONNX_MANIFEST
-from trim_export.storage import read_json
+from trim_export.runtimes.onnxruntime import EXECUTIONS, read_form
 
 __all__ = ["Contestant", "Workload", "bench", "contestants", "machine", "onnx_contestants"]
 
 
-_PAUSE_S = (
-    0.2  # threads of the process before may still spin, waiting for more work, and would take cores from the next
-)
+# So long threads of the process before may still spin, waiting for more work, on cores that the next one needs.
+_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,7 @@ def contestants(artifact: Artifact, runtimes: Iterable[str], lm_head: str = "sto
 
 def onnx_contestants(directory: Path, runtimes: Iterable[str]) -> list[Contestant]:
     """An ONNX model with our operators and without them; only once where it has none."""
-    manifest = directory / ONNX_MANIFEST
-    form = read_json(manifest).get("form") if manifest.is_file() else None
+    form = read_form(directory)
     if not isinstance(form, dict):
         return [Contestant(directory, "onnxruntime", "-", dense=form == "dense", label=f"onnxruntime {directory.name}")]
     values = f"{form['encoding']} {form['values']}" + (", int8 head" if form["head"] == "int8" else "")

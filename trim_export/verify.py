@@ -21,8 +21,7 @@ from trim_export.models import dtype_name
 from trim_export.patterns import Anywhere, parse_pattern
 from trim_export.progress import Track, silently
 from trim_export.runtimes import load
-from trim_export.runtimes.onnxruntime import ONNX_MANIFEST
-from trim_export.storage import read_json
+from trim_export.runtimes.onnxruntime import read_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,8 +104,7 @@ def verify_onnx(
     Returns:
         As `verify`, without a pattern.
     """
-    manifest = directory / ONNX_MANIFEST
-    form = read_json(manifest)["form"] if reference is not None and manifest.is_file() else None
+    form = None if reference is None else read_form(directory)
     stored = {form["values"], form["head"] or "float32"} if isinstance(form, dict) else {"float32"}
     tolerance = max((STORED[name] for name in stored), key=lambda allowed: allowed.kl)
 

@@ -1,7 +1,14 @@
 """ONNX Runtime: executing exported directories, and the operator library that multiplies compressed weights."""
 
 from trim_export.runtimes.onnxruntime.model import EXECUTIONS, OnnxCausalLM, is_onnx, load_onnx
-from trim_export.runtimes.onnxruntime.session import LIBRARY, ONNX_MANIFEST, Session, open_session, operator_library
+from trim_export.runtimes.onnxruntime.session import (
+    LIBRARY,
+    ONNX_MANIFEST,
+    Session,
+    open_session,
+    operator_library,
+    read_form,
+)
 
 __all__ = [
     "EXECUTIONS",
@@ -13,4 +20,5 @@ __all__ = [
     "load_onnx",
     "open_session",
     "operator_library",
+    "read_form",
 ]

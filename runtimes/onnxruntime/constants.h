@@ -46,22 +46,21 @@ class Constants {
     }
 
   protected:
-    // What every operator has: values and, right behind them, scales.
-    void read_values(const KernelInfo* info, std::size_t index, const void** values, std::int64_t* size) {
+    // What every operator has: values, which go where the layout wants them, and, right behind them, scales.
+    template <typename Matrix>
+    void read_values(const KernelInfo* info, std::size_t index, Matrix& matrix, const void*& values,
+                     std::int64_t& size) const {
         const Tensor tensor = read_constant(api_, info, index, "values", kAnyType);
         const Tensor scales = read_constant(api_, info, index + 1, "scales", kFloat);
-        value_type_ = value_type(api_, tensor.type);
-        *values = tensor.data;
-        *size = tensor.size();
-        scales_ = static_cast<const float*>(scales.data);
-        scales_size_ = scales.size();
+        matrix.value_type = value_type(api_, tensor.type);
+        matrix.scales = static_cast<const float*>(scales.data);
+        matrix.scales_size = scales.size();
+        values = tensor.data;
+        size = tensor.size();
     }
 
     Api api_;
     std::int64_t rows_ = 0, columns_ = 0;
-    std::int32_t value_type_ = 0;
-    const float* scales_ = nullptr;
-    std::int64_t scales_size_ = 0;
 };
 
 class Sparse : public Constants {
@@ -84,12 +83,6 @@ class Sparse : public Constants {
     }
 
   protected:
-    void scale() {
-        matrix_.value_type = value_type_;
-        matrix_.scales = scales_;
-        matrix_.scales_size = scales_size_;
-    }
-
     TrimNativeMatrix matrix_{};
 };
 
@@ -100,8 +93,7 @@ class Bitmap : public Sparse {
 
     Bitmap(const Api& api, const KernelInfo* info) : Sparse(api, info) {
         const Tensor mask = read_constant(api, info, 2, "mask", kUInt8);
-        read_values(info, 3, &matrix_.values, &matrix_.values_size);
-        scale();
+        read_values(info, 3, matrix_, matrix_.values, matrix_.values_size);
         const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
         if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||
             reinterpret_cast<std::uintptr_t>(mask.data) % alignof(std::uint64_t)) {
@@ -135,8 +127,7 @@ class Sell8 : public Sparse {
     Sell8(const Api& api, const KernelInfo* info) : Sparse(api, info) {
         const Tensor start = read_constant(api, info, 2, "start", kInt64);
         const Tensor columns = read_constant(api, info, 3, "columns", kUInt16);
-        read_values(info, 4, &matrix_.list_values, &matrix_.list_values_size);
-        scale();
+        read_values(info, 4, matrix_, matrix_.list_values, matrix_.list_values_size);
         matrix_.list_start = static_cast<const std::int64_t*>(start.data);
         matrix_.list_start_size = start.size();
         matrix_.list_columns = static_cast<const std::uint16_t*>(columns.data);
@@ -156,12 +147,9 @@ class Dense : public Constants {
     static constexpr std::size_t kInputs = 3, kStructure = 0;
 
     Dense(const Api& api, const KernelInfo* info) : Constants(api, info) {
-        read_values(info, 1, &matrix_.values, &matrix_.values_size);
+        read_values(info, 1, matrix_, matrix_.values, matrix_.values_size);
         matrix_.rows = rows_;
         matrix_.columns = columns_;
-        matrix_.value_type = value_type_;
-        matrix_.scales = scales_;
-        matrix_.scales_size = scales_size_;
     }
 
     const TrimNativeDense& matrix() const { return matrix_; }

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, first_line
 from trim_export.shared_library import find_library
-from trim_export.storage import refuse_special_files
+from trim_export.storage import read_json, refuse_special_files
 
-__all__ = ["LIBRARY", "ONNX_MANIFEST", "Session", "empty_cache", "open_session", "operator_library"]
+__all__ = ["LIBRARY", "ONNX_MANIFEST", "Session", "empty_cache", "open_session", "operator_library", "read_form"]
 
 LIBRARY = "libtrim_onnxruntime.so"
 """File name of the operator library, in this package and in exported directories."""
@@ -57,6 +57,12 @@ class Session:
 def operator_library() -> Path | None:
     """Our operators for ONNX Runtime, or None where they were not compiled."""
     return find_library("runtimes", "onnxruntime", LIBRARY)
+
+
+def read_form(directory: Path) -> Any:
+    """What a directory stores its weights as: a `Form`'s fields, ``dense``, or None if nothing of ours says."""
+    manifest = directory / ONNX_MANIFEST
+    return read_json(manifest).get("form") if manifest.is_file() else None
 
 
 def open_session(directory: Path, kernels: bool | None = None, threads: int | None = None) -> Session:
