@@ -30,7 +30,10 @@ class CpuKernel : public Kernel {
     static constexpr ElementType kType = kFloat;
     static constexpr MemoryType kStructureMemory = kDefaultMemory;
 
-    CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api), matrix_(api, info) { matrix_.check(); }
+    CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api), matrix_(api, info) {
+        matrix_.check();
+        matrix_.prepare();
+    }
 
     void compute(KernelContext* context) const override {
         const Tokens given = tokens(context, matrix_.rows(), matrix_.columns());

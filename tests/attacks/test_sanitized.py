@@ -19,7 +19,7 @@ import torch
 
 from trim_export.converters import SparseMatrix
 from trim_export.converters.int8 import quantize_rows
-from trim_export.runtimes.native import lay_out
+from trim_export.runtimes.native import Preference, lay_out
 
 CASES = int(os.environ.get("TRIM_SANITIZED_CASES", "1500"))
 HERE = Path(__file__).parent
@@ -29,10 +29,22 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ENGINE}", *SANITIZERS)
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 
-ARRAYS = ("order", "mask", "group_start", "values", "list_start", "list_columns", "list_values", "scales")
-ELEMENTS = (4, 8, 8, 1, 8, 2, 1, 4)
+ARRAYS = (
+    "order",
+    "mask",
+    "group_start",
+    "values",
+    "slot_start",
+    "slot_columns",
+    "slot_values",
+    "list_start",
+    "list_columns",
+    "list_values",
+    "scales",
+)
+ELEMENTS = (4, 8, 8, 1, 8, 1, 1, 8, 2, 1, 4)
 """Bytes that an array is made of; those of values depend on the case."""
-WIDTHS = (4, 8, 8, 8, 8, 2, 8, 4)
+WIDTHS = (4, 8, 8, 8, 8, 1, 8, 8, 2, 8, 4)
 """Bytes that are damaged at a time."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 EXTREMES = (0, 1, -1, 2**31 - 1, -(2**31), 2**62, -(2**62))
@@ -57,6 +69,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources: dict[Path, tuple[str, ...]] = {
         HERE / "corpus.cpp": (),
         ENGINE / "portable.cpp": (),
+        ENGINE / "layout.cpp": (),
         ENGINE / "engine.cpp": (),
     }
     if has_avx2():
@@ -86,7 +99,7 @@ def sound_case(chance: random.Random) -> tuple[list[int], list[bytes]]:
     matrix, scales = SparseMatrix(mask, weight[mask].to(TYPES[kind] if kind < 3 else torch.float32)), None
     if kind == 3:
         matrix, scales = quantize_rows(matrix)
-    laid = lay_out(matrix, scales, chance.choice([0.0, 0.15, 1.0]))
+    laid = lay_out(matrix, scales, Preference(chance.choice([0.0, 0.15, 1.0]), chance.choice([0.0, 4.0, 1e9])))
     arrays = [_bytes(getattr(laid, name)) for name in ARRAYS]
     numbers = [rows, columns, min(4 * len(laid.mask), rows), kind, chance.choice([1, 2, 5, 40])]
     return [*numbers, chance.choice([1, 2, 3])], arrays
@@ -102,7 +115,7 @@ def damaged(chance: random.Random, numbers: list[int], arrays: list[bytes]) -> N
         place = chance.choice([0, 1, 2, 3, 5])
         numbers[place] = chance.choice([*EXTREMES, numbers[place] + 1, numbers[place] - 1])
         return
-    place = chance.choice([0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7])
+    place = chance.choice([0, 1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8, 8, 9, 10])
     data = bytearray(arrays[place])
     width = WIDTHS[place]
     how = chance.choice(["flip", "extreme", "shift", "shorter", "longer", "shuffled"])
@@ -128,7 +141,7 @@ def damaged(chance: random.Random, numbers: list[int], arrays: list[bytes]) -> N
 
 def written(number: list[int], arrays: list[bytes]) -> bytes:
     whole = [data + bytes(-len(data) % size) for data, size in zip(arrays, ELEMENTS, strict=True)]
-    return struct.pack("<14q", *number, *map(len, whole)) + b"".join(whole)
+    return struct.pack("<17q", *number, *map(len, whole)) + b"".join(whole)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])

@@ -90,14 +90,13 @@ def test_constants_that_do_not_fit_are_refused_when_loaded(
         open_session(tmp_path)
 
 
-def test_columns_out_of_order_are_found_by_the_kernel(tmp_path: Path) -> None:
+def test_columns_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     parts = constants(SPARSE["csr"], random_matrix(), "float32")
     parts["columns"] = torch.from_numpy(np.full(parts["columns"].shape, 65535, np.uint16))
     write_operator(tmp_path, SPARSE["csr"], SHAPE, parts)
-    session = open_session(tmp_path)
-    with pytest.raises(UsageError, match="mask or lists of the matrix"):
-        run(session, np.zeros((4, 70), np.float32))
-    run(session, np.zeros((1, 70), np.float32))  # sums over nothing, and ends
+    # When the file's layout is made into another, or by the kernel that goes by it.
+    with pytest.raises((ArtifactError, UsageError), match="mask or lists of the matrix"):
+        run(open_session(tmp_path), np.zeros((5, 70), np.float32))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 70), (-1, 70), (10, 0), (2**40, 70), (11, 70), (10, 134)])
