@@ -23,7 +23,7 @@ from trim_export.runtimes.native import NativeMatrix, Preference, lay_out
 FORMS = {
     "bitmap": Preference(-1.0, math.inf),
     "lists": Preference(1.0, math.inf),
-    **{f"slots, step {cost}": Preference(1.0, float(cost)) for cost in (6, 9, 12, 16, 24)},
+    **{f"slots, step {cost}": Preference(1.0, float(cost)) for cost in (2, 3, 4, 6, 9)},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 ROUNDS, COPIES = 12, 3

@@ -106,9 +106,9 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         !fits(given.mask, given.mask_size, matrix.groups * matrix.words * kGroupRows, 8) ||
         !fits(given.group_start, given.group_start_size, matrix.groups + 1, 8) ||
         !fits(given.slot_start, given.slot_start_size, given.slot_start == nullptr ? 0 : matrix.blocks + 1, 8) ||
-        !fits(given.slot_columns, given.slot_columns_size, given.slot_columns_size / kStepBytes * kStepBytes, 1) ||
-        !fits(given.slot_values, given.slot_values_size,
-              given.slot_columns_size / kStepBytes * kStepSlots, value_bytes) ||
+        given.slot_columns_size > std::numeric_limits<std::int64_t>::max() / kBlockRows ||
+        !fits(given.slot_columns, given.slot_columns_size, given.slot_columns_size, 4) ||
+        !fits(given.slot_values, given.slot_values_size, given.slot_columns_size * kBlockRows, value_bytes) ||
         !fits(given.list_start, given.list_start_size, matrix.blocks + 1, 8) ||
         given.values_size < TRIM_NATIVE_TAIL || !aligned(given.values, value_bytes) ||
         !fits(given.list_columns, given.list_columns_size, given.list_columns_size, 2) ||
@@ -120,8 +120,9 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
     }
     if (!rises(matrix.group_start, matrix.groups, given.values_size - TRIM_NATIVE_TAIL)) return TRIM_NATIVE_BAD_MASK;
-    const std::int64_t steps = given.slot_columns_size / kStepBytes;
-    if (given.slot_start == nullptr ? steps != 0 : !are_slots(matrix, steps)) return TRIM_NATIVE_BAD_MASK;
+    if (given.slot_start == nullptr ? given.slot_columns_size != 0 : !are_slots(matrix, given.slot_columns_size)) {
+        return TRIM_NATIVE_BAD_MASK;
+    }
     if (!rises(matrix.list_start, matrix.blocks, given.list_columns_size)) return TRIM_NATIVE_BAD_MASK;
     for (std::int64_t block = 0; block < matrix.blocks; ++block) {
         if (matrix.list_start[block] % (2 * kBlockRows)) return TRIM_NATIVE_BAD_MASK;
@@ -138,8 +139,8 @@ constexpr std::int32_t kLeastShare = 150000;
 // What there is to do costs, in listed weights: of a bitmap each column, kept or not, and each kept one besides; each step
 // of slots.
 struct Cost { double column, kept, step; };
-constexpr Cost kDecodeCost = {0.3, 0.1, 12};
-constexpr Cost kBatchCost = {0.05, 1.0, 24};
+constexpr Cost kDecodeCost = {0.3, 0.1, 4};
+constexpr Cost kBatchCost = {0.05, 1.0, 5};
 
 // The groups and blocks of a matrix, in this order, divided among threads.
 class Shares {
@@ -260,25 +261,26 @@ std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const floa
                           std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                           const TrimNativePool& pool) {
     const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
-    const std::int64_t slot_floats = matrix.blocks && matrix.slot_start ? matrix.windows * kWindowColumns : 0;
-    const std::int64_t list_floats = matrix.blocks ? kListInputs : 0, all = bitmap_floats + slot_floats + list_floats;
+    const std::int64_t slot_floats = matrix.windows * kWindowColumns;
+    const std::int64_t block_floats = !matrix.blocks ? 0 : slot_floats > kListInputs ? slot_floats : kListInputs;
+    const std::int64_t all = bitmap_floats + block_floats;
     float* const memory = reserve(all * tokens);
     if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     for (std::int64_t t = 0; t < tokens; ++t) {
         const float* const x = inputs + t * input_stride;
         float* const arranged = memory + t * all;
         if (bitmap_floats) kernel.for_bitmap(x, matrix, arranged);
-        if (slot_floats) kernel.for_slots(x, matrix, arranged + bitmap_floats);
-        if (list_floats) {
-            const std::int64_t known = matrix.columns < kListInputs ? matrix.columns : kListInputs;
-            std::memcpy(arranged + bitmap_floats + slot_floats, x, static_cast<std::size_t>(known) * sizeof(float));
+        if (block_floats) {
+            float* const plain = arranged + bitmap_floats;
+            std::memcpy(plain, x, static_cast<std::size_t>(matrix.columns) * sizeof(float));
+            for (std::int64_t j = matrix.columns; j < slot_floats; ++j) plain[j] = 0.0f;
         }
         std::memset(outputs + t * output_stride, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
     }
     const auto multiply = [&](Span groups, Span blocks, std::int64_t t) {
         const float* const arranged = memory + t * all;
         float* const y = outputs + t * output_stride;
-        kernel.blocks(matrix, blocks, arranged + bitmap_floats, arranged + bitmap_floats + slot_floats, y);
+        kernel.blocks(matrix, blocks, arranged + bitmap_floats, y);
         return kernel.bitmap(matrix, groups, arranged, y);
     };
     const Shares shares(matrix, kDecodeCost, static_cast<double>(tokens), pool);

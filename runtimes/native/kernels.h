@@ -22,11 +22,8 @@ namespace trim {
 constexpr std::int64_t kGroupRows = 4;
 constexpr std::int64_t kWordColumns = 64;
 constexpr std::int64_t kBlockRows = 8;
-constexpr std::int64_t kWindowColumns = 16;
-constexpr std::int64_t kRowSlots = 4;                        // of one step, and of a row that stands in it
-constexpr std::int64_t kStepSlots = kRowSlots * kBlockRows;
-constexpr std::int64_t kStepBytes = kStepSlots / 2;          // of their columns
-constexpr std::int64_t kMostSteps = kWindowColumns / kRowSlots;  // of a window: then no weight is left over
+constexpr std::int64_t kWindowColumns = 8;
+constexpr std::int64_t kMostSteps = kWindowColumns;  // of a window: then no weight is left over
 constexpr std::int64_t kGroupWordValues = kGroupRows * kWordColumns;  // the most that four mask words can keep
 
 // How values are stored; float and int8 stand for themselves.
@@ -43,7 +40,7 @@ struct Matrix {
     const void* values;
     std::int64_t blocks;  // of eight rows each, as slots and lists
     const std::int64_t* slot_start;  // null: there are only lists
-    const std::uint8_t* slot_columns;
+    const std::uint32_t* slot_columns;
     const void* slot_values;
     const std::int64_t* list_start;
     const std::uint16_t* list_columns;
@@ -65,14 +62,13 @@ struct Span { std::int64_t first, last; };
 constexpr std::int64_t kListInputs = 65536;
 
 // One token: y = W x, and for a dense W several without gaps. Inputs are first arranged as the kernels want them, with
-// zeros behind the last column: `for_bitmap` into words * 64 floats, `for_slots` into windows * 16; lists and dense
-// matrices take them as they are. Each row's sum is written to outputs[order[.]]. `bitmap` is false when mask and values
+// zeros behind the last column: `for_bitmap` into words * 64 floats; slots, lists and dense matrices take them as they
+// are, but for zeros that fill up the last window. Each row's sum is written to outputs[order[.]]. `bitmap` is false when mask and values
 // disagree.
 struct Decode {
     void (*for_bitmap)(const float* inputs, const Matrix& matrix, float* arranged);
-    void (*for_slots)(const float* inputs, const Matrix& matrix, float* arranged);
     bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
-    void (*blocks)(const Matrix& matrix, Span blocks, const float* arranged, const float* inputs, float* outputs);
+    void (*blocks)(const Matrix& matrix, Span blocks, const float* inputs, float* outputs);
     void (*dense)(const DenseMatrix& matrix, Span rows, const float* inputs, float* outputs);
     void (*dense_tokens)(const DenseMatrix& matrix, Span rows, const float* inputs, std::int64_t tokens, float* outputs);
 };

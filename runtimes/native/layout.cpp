@@ -42,15 +42,10 @@ std::int64_t windows_of(const TrimNativeRows& rows) { return (rows.columns + kWi
 
 // Bit j: whether column j of the window is kept.
 std::uint32_t kept_in_window(const std::uint8_t* mask, std::int64_t columns) {
-    std::uint64_t bytes[2] = {};
-    std::memcpy(bytes, mask, static_cast<std::size_t>(columns < kWindowColumns ? columns : kWindowColumns));
-    std::uint32_t kept = 0;
-    for (int half = 0; half < 2; ++half) {
-        // Each factor moves one byte's lowest bit to where it belongs, in the highest byte of the product.
-        const std::uint64_t product = (bytes[half] & 0x0101010101010101) * 0x0102040810204080;
-        kept |= static_cast<std::uint32_t>(product >> 56) << (8 * half);
-    }
-    return kept;
+    std::uint64_t bytes = 0;
+    std::memcpy(&bytes, mask, static_cast<std::size_t>(columns < kWindowColumns ? columns : kWindowColumns));
+    // Each factor moves one byte's lowest bit to where it belongs, in the highest byte of the product.
+    return static_cast<std::uint32_t>((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56);
 }
 
 // Weights of a row that do not fit into its slots, for each number of steps a window.
@@ -61,7 +56,7 @@ Overflow overflow(const TrimNativeRows& rows, std::int32_t row) {
     Overflow found{};
     for (std::int64_t first = 0; first < rows.columns; first += kWindowColumns) {
         std::int64_t kept = popcount(kept_in_window(mask + first, rows.columns - first));
-        for (std::int64_t steps = 0; kept > 0; ++steps, kept -= kRowSlots) found.entries[steps] += kept;
+        for (std::int64_t steps = 0; kept > 0; ++steps, --kept) found.entries[steps] += kept;
     }
     return found;
 }
@@ -70,7 +65,7 @@ Overflow overflow(const TrimNativeRows& rows, std::int32_t row) {
 template <typename Value>
 class Block {
   public:
-    Block(const TrimNativeRows& rows, std::int64_t steps, std::uint8_t* slot_columns, Value* slot_values,
+    Block(const TrimNativeRows& rows, std::int64_t steps, std::uint32_t* slot_columns, Value* slot_values,
           std::uint16_t* list_columns, Value* list_values, std::int64_t list_entries)
         : rows_(rows), steps_(steps), slot_columns_(slot_columns), slot_values_(slot_values),
           list_columns_(list_columns), list_values_(list_values), list_steps_(list_entries / kBlockRows) {}
@@ -84,20 +79,18 @@ class Block {
         for (std::int64_t first = 0, window = 0; first < rows_.columns; first += kWindowColumns, ++window) {
             std::uint32_t kept = kept_in_window(mask + first, rows_.columns - first);
             if (popcount(kept) > end - value) return false;
-            std::int64_t slot = 0, column = 0;
-            for (; kept && slot < steps_ * kRowSlots; kept &= kept - 1) {
-                column = __builtin_ctz(kept);
-                put(window, slot, i, column);
-                slot_values_[place(window, slot++) * kBlockRows + i] = *value++;
+            std::int64_t slot = 0;
+            for (; kept && slot < steps_; kept &= kept - 1, ++slot) {
+                put(window, slot, i, static_cast<std::uint32_t>(__builtin_ctz(kept)));
+                slot_values_[(window * steps_ + slot) * kBlockRows + i] = *value++;
             }
+            for (; slot < steps_; ++slot) put(window, slot, i, kNoColumn);
             for (; kept; kept &= kept - 1) {
                 last_listed = first + __builtin_ctz(kept);
                 if (listed == list_steps_ || last_listed > std::numeric_limits<std::uint16_t>::max()) return false;
                 list_columns_[listed * kBlockRows + i] = static_cast<std::uint16_t>(last_listed);
                 list_values_[listed++ * kBlockRows + i] = *value++;
             }
-            if (slot == 0 && steps_) put(window, slot++, i, 1);
-            for (; slot < steps_ * kRowSlots; ++slot) put(window, slot, i, column);
         }
         for (; listed < list_steps_; ++listed) {
             list_columns_[listed * kBlockRows + i] = static_cast<std::uint16_t>(last_listed);
@@ -107,21 +100,19 @@ class Block {
 
     // A row that fills up the block keeps nothing.
     void add_empty(std::int64_t i) {
-        for (std::int64_t window = 0; steps_ && window < windows_of(rows_); ++window) put(window, 0, i, 1);
+        for (std::int64_t step = 0; step < windows_of(rows_) * steps_; ++step) put(0, step, i, kNoColumn);
     }
 
   private:
-    // Slots of eight rows before this one.
-    std::int64_t place(std::int64_t window, std::int64_t slot) const { return window * steps_ * kRowSlots + slot; }
+    static constexpr std::uint32_t kNoColumn = kWindowColumns;
 
-    void put(std::int64_t window, std::int64_t slot, std::int64_t i, std::int64_t column) {
-        std::uint8_t& byte = slot_columns_[place(window, slot) * (kBlockRows / 2) + i % (kBlockRows / 2)];
-        byte = static_cast<std::uint8_t>(byte | column << (i < kBlockRows / 2 ? 0 : 4));
+    void put(std::int64_t window, std::int64_t slot, std::int64_t i, std::uint32_t column) {
+        slot_columns_[window * steps_ + slot] |= column << (4 * i);
     }
 
     const TrimNativeRows& rows_;
     std::int64_t steps_;
-    std::uint8_t* slot_columns_;
+    std::uint32_t* slot_columns_;
     Value* slot_values_;
     std::uint16_t* list_columns_;
     Value* list_values_;
@@ -131,7 +122,7 @@ class Block {
 // Values are moved, not understood: an integer of their size will do.
 template <typename Value>
 std::int32_t fill(const TrimNativeRows& rows, const std::int64_t* slot_start, const std::int64_t* list_start,
-                  std::int64_t blocks, std::uint8_t* slot_columns, void* slot_values, std::uint16_t* list_columns,
+                  std::int64_t blocks, std::uint32_t* slot_columns, void* slot_values, std::uint16_t* list_columns,
                   void* list_values) {
     const std::int64_t windows = windows_of(rows);
     for (std::int64_t block = 0; block < blocks; ++block) {
@@ -140,8 +131,8 @@ std::int32_t fill(const TrimNativeRows& rows, const std::int64_t* slot_start, co
         if (steps < 0 || steps % windows || steps / windows > kMostSteps || entries < 0 || entries % (2 * kBlockRows)) {
             return TRIM_NATIVE_BAD_MASK;
         }
-        Block<Value> written(rows, steps / windows, slot_columns + slot_start[block] * kStepBytes,
-                             static_cast<Value*>(slot_values) + slot_start[block] * kStepSlots,
+        Block<Value> written(rows, steps / windows, slot_columns + slot_start[block],
+                             static_cast<Value*>(slot_values) + slot_start[block] * kBlockRows,
                              list_columns + list_start[block], static_cast<Value*>(list_values) + list_start[block],
                              entries);
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
@@ -187,7 +178,7 @@ std::int32_t trim_native_plan(const TrimNativeRows* given, double step_cost, std
 }
 
 std::int32_t trim_native_lay_out(const TrimNativeRows* given, const std::int64_t* slot_start,
-                                 const std::int64_t* list_start, std::int64_t starts_size, std::uint8_t* slot_columns,
+                                 const std::int64_t* list_start, std::int64_t starts_size, std::uint32_t* slot_columns,
                                  void* slot_values, std::uint16_t* list_columns, void* list_values) {
     using namespace trim;
     if (const std::int32_t status = check(given, slot_start, list_start, starts_size)) return status;

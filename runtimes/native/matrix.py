@@ -22,9 +22,7 @@ LIST_COLUMNS = 2**16
 """Columns that a list can name; wider matrices are bitmaps throughout."""
 
 _GROUP = 4  # rows of a bitmap that stand together
-_WINDOW = 16  # columns of a window
-_ROW_SLOTS = 4  # slots of a row in a step
-_STEP_BYTES = 16  # of the columns of a step
+_WINDOW = 8  # columns of a window
 
 
 class _Struct(ctypes.Structure):
@@ -72,8 +70,8 @@ class NativeMatrix:
         group_start: int64 ``[groups + 1]``, where each group begins in the values.
         values: ``[group_start[-1]]`` and `TAIL` more; float32, bfloat16, float16 or int8.
         slot_start: int64 ``[blocks + 1]``, the steps of slots before each block of eight of the other rows.
-        slot_columns: uint8 ``[slot_start[-1] * 16]``, two columns within a window of sixteen in each.
-        slot_values: ``[slot_start[-1] * 32]`` in the dtype of ``values``.
+        slot_columns: int32 ``[slot_start[-1]]``, the columns of eight rows within a window of eight, four bits each.
+        slot_values: ``[slot_start[-1] * 8]`` in the dtype of ``values``.
         list_start: int64 ``[blocks + 1]``, where the list of each block begins.
         list_columns: int16 (read as unsigned) ``[list_start[-1]]``.
         list_values: ``[list_start[-1]]`` in the dtype of ``values``.
@@ -105,7 +103,7 @@ class NativeMatrix:
             )
         rows, groups = len(self.order), len(self.mask)
         blocks = max(-(-(rows - _GROUP * groups) // BLOCK), 0)
-        dtype, entries, steps = self.values.dtype, self.list_columns.numel(), self.slot_columns.numel() // _STEP_BYTES
+        dtype, entries, steps = self.values.dtype, self.list_columns.numel(), self.slot_columns.numel()
         wanted = {
             "order": (torch.int32, (rows,)),
             "counts": (torch.int32, (rows,)),
@@ -113,8 +111,8 @@ class NativeMatrix:
             "group_start": (torch.int64, (groups + 1,)),
             "values": (dtype, (self.values.numel(),)),
             "slot_start": (torch.int64, (blocks + 1,)),
-            "slot_columns": (torch.uint8, (steps * _STEP_BYTES,)),
-            "slot_values": (dtype, (steps * _STEP_BYTES * 2,)),
+            "slot_columns": (torch.int32, (steps,)),
+            "slot_values": (dtype, (steps * BLOCK,)),
             "list_start": (torch.int64, (blocks + 1,)),
             "list_columns": (torch.int16, (entries,)),
             "list_values": (dtype, (entries,)),
@@ -209,22 +207,11 @@ class NativeMatrix:
     def _slots(self, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """Place, column and value of each weight that stands in a slot; the first ``top`` places are a bitmap."""
         windows = -(-self.columns // _WINDOW)
-        steps = self.slot_start.diff() // windows
-        places, columns, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)], []
-        for count in steps.unique().tolist():
-            blocks = (steps == count).nonzero()[:, 0]
-            step = self.slot_start[blocks, None] + torch.arange(windows * count)
-            pairs = self.slot_columns.view(-1, _ROW_SLOTS, BLOCK // 2)[step]
-            slots = torch.cat([pairs & 15, pairs >> 4], dim=-1).view(len(blocks), windows, count * _ROW_SLOTS, BLOCK)
-            kept = torch.ones_like(slots, dtype=torch.bool)
-            if count:
-                kept[:, :, 1:] = slots[:, :, 1:] > slots[:, :, :-1]
-                kept[:, :, 0] = slots[:, :, 0] <= slots[:, :, 1]
-            block, window, _, row = kept.nonzero(as_tuple=True)
-            places.append(top + blocks[block] * BLOCK + row)
-            columns.append(window * _WINDOW + slots[kept])
-            values.append(self.slot_values.view(-1, _ROW_SLOTS, BLOCK)[step].view(slots.shape)[kept])
-        return torch.cat(places), torch.cat(columns), torch.cat([self.slot_values[:0], *values])
+        columns = self.slot_columns[:, None] >> torch.arange(0, 4 * BLOCK, 4) & 15
+        step, row = (columns < _WINDOW).nonzero(as_tuple=True)
+        block = torch.searchsorted(self.slot_start, step, right=True) - 1
+        window = (step - self.slot_start[block]) // (self.slot_start.diff()[block] // windows)
+        return top + block * BLOCK + row, window * _WINDOW + columns[step, row], self.slot_values[step * BLOCK + row]
 
     @functools.cached_property
     def _struct(self) -> ctypes.Array[_Struct]:
@@ -348,8 +335,8 @@ def _blocks(
     slot_start, list_start = torch.zeros(2, -(-len(order) // BLOCK) + 1, dtype=torch.int64)
     starts = address(slot_start), address(list_start), len(slot_start)
     status = required().trim_native_plan(ctypes.byref(given), step_cost, *starts)
-    slot_columns = torch.zeros(int(slot_start[-1]) * _STEP_BYTES, dtype=torch.uint8)
-    slot_values = torch.zeros(2 * len(slot_columns), dtype=values.dtype)
+    slot_columns = torch.zeros(int(slot_start[-1]), dtype=torch.int32)
+    slot_values = torch.zeros(len(slot_columns) * BLOCK, dtype=values.dtype)
     list_columns = torch.zeros(int(list_start[-1]), dtype=torch.int16)
     list_values = torch.zeros(len(list_columns), dtype=values.dtype)
     arrays = slot_columns, slot_values, list_columns, list_values

@@ -12,12 +12,6 @@ inline void arrange_plainly(const float* inputs, const Matrix& matrix, float* ar
     for (std::int64_t j = matrix.columns; j < matrix.words * kWordColumns; ++j) arranged[j] = 0.0f;
 }
 
-// The same for slots.
-inline void arrange_windows_plainly(const float* inputs, const Matrix& matrix, float* arranged) {
-    for (std::int64_t j = 0; j < matrix.columns; ++j) arranged[j] = inputs[j];
-    for (std::int64_t j = matrix.columns; j < matrix.windows * kWindowColumns; ++j) arranged[j] = 0.0f;
-}
-
 TRIM_INLINE float scale_of(const float* scales, std::int64_t row) { return scales ? scales[row] : 1.0f; }
 
 // The values of a word are expanded to where their columns are, zeros between them, and multiplied with all 64 inputs.
@@ -47,28 +41,58 @@ bool decode_bitmap(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT
     return true;
 }
 
+// All windows of a block, each with as many steps of slots.
+template <typename Isa, typename Value, std::int64_t kSteps>
+void add_windows(const std::uint32_t* TRIM_RESTRICT columns, const Value* TRIM_RESTRICT values,
+                 const float* TRIM_RESTRICT inputs, std::int64_t windows, typename Isa::BlockSums& result) {
+    constexpr std::int64_t kAhead = 256;  // steps: some hundred nanoseconds
+    constexpr std::int64_t kAtATime = 8;  // windows
+    constexpr std::uintptr_t kColumnBytes = kAtATime * kSteps * sizeof(std::uint32_t);
+    constexpr std::uintptr_t kValueBytes = kAtATime * kSteps * kBlockRows * sizeof(Value);
+    typename Isa::BlockSums sums = result;
+    const auto add_window = [&](std::int64_t window) {
+#pragma GCC unroll 8
+        for (std::int64_t step = 0; step < kSteps; ++step, ++columns, values += kBlockRows) {
+            Isa::add_slot(*columns, values, inputs, sums, window * kSteps + step);
+        }
+        inputs += kWindowColumns;
+    };
+    for (; windows >= kAtATime; windows -= kAtATime) {
+#pragma GCC unroll 8
+        for (std::uintptr_t at = 0; at < kColumnBytes; at += 64) prefetch(columns, kAhead * sizeof *columns + at);
+#pragma GCC unroll 32
+        for (std::uintptr_t at = 0; at < kValueBytes; at += 64) {
+            prefetch(values, kAhead * kBlockRows * sizeof(Value) + at);
+        }
+#pragma GCC unroll 8
+        for (std::int64_t window = 0; window < kAtATime; ++window) add_window(window);
+    }
+    for (; windows > 0; --windows) add_window(0);
+    result = sums;
+}
+
+template <typename Isa, typename Value>
+void add_slots(const Matrix& matrix, std::int64_t block, const float* inputs,
+               typename Isa::BlockSums& sums) {
+    constexpr decltype(&add_windows<Isa, Value, 1>) kAdd[kMostSteps] = {
+        add_windows<Isa, Value, 1>, add_windows<Isa, Value, 2>, add_windows<Isa, Value, 3>, add_windows<Isa, Value, 4>,
+        add_windows<Isa, Value, 5>, add_windows<Isa, Value, 6>, add_windows<Isa, Value, 7>, add_windows<Isa, Value, 8>};
+    const std::int64_t steps = window_steps(matrix, block);
+    if (!steps) return;
+    kAdd[steps - 1](matrix.slot_columns + matrix.slot_start[block],
+                    static_cast<const Value*>(matrix.slot_values) + matrix.slot_start[block] * kBlockRows, inputs,
+                    matrix.windows, sums);
+}
+
 // Eight rows side by side. In slots, all rows have as many places for weights in each window of columns, so that an
 // instruction set can look up inputs in a register; what did not fit is listed, and each input looked up in memory.
 template <typename Isa, typename Value>
-void decode_blocks(const Matrix& matrix, Span blocks, const float* TRIM_RESTRICT arranged,
-                   const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
-    constexpr std::int64_t kAhead = 128;  // steps: some hundred nanoseconds
+void decode_blocks(const Matrix& matrix, Span blocks, const float* TRIM_RESTRICT inputs,
+                   float* TRIM_RESTRICT outputs) {
     const Value* const listed = static_cast<const Value*>(matrix.list_values);
     for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
         typename Isa::BlockSums sums = {};
-        if (const std::int64_t steps = window_steps(matrix, block)) {
-            const std::uint8_t* columns = matrix.slot_columns + matrix.slot_start[block] * kStepBytes;
-            const Value* values = static_cast<const Value*>(matrix.slot_values) + matrix.slot_start[block] * kStepSlots;
-            for (std::int64_t window = 0; window < matrix.windows; ++window) {
-                for (std::int64_t step = 0; step < steps; ++step, columns += kStepBytes, values += kStepSlots) {
-                    prefetch(columns, kAhead * kStepBytes);
-                    for (std::uintptr_t line = 0; 64 * line < sizeof(Value) * kStepSlots; ++line) {
-                        prefetch(values, kAhead * kStepSlots * sizeof(Value) + 64 * line);
-                    }
-                    Isa::add_slots(columns, values, arranged + window * kWindowColumns, sums);
-                }
-            }
-        }
+        add_slots<Isa, Value>(matrix, block, inputs, sums);
         const std::int64_t end = matrix.list_start[block + 1];
         for (std::int64_t entry = matrix.list_start[block]; entry < end; entry += 2 * kBlockRows) {
             prefetch(matrix.list_columns + entry, 1024);

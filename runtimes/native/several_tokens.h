@@ -95,8 +95,8 @@ class BitmapTiles {
     const Value* next_[kTileRows / kGroupRows];  // value of each group where the next tile begins
 };
 
-// Decodes blocks of slots and lists, tile after tile. Columns of a row must rise, in its slots from the start of each
-// window and in its lists all along; in slots, what does not rise is no weight, and in lists a row is at its end there.
+// Decodes blocks of slots and lists, tile after tile. Columns of a row's list must rise; where they do not, it is at its
+// end.
 template <typename Isa, typename Value>
 class BlockTiles {
   public:
@@ -134,23 +134,20 @@ class BlockTiles {
     void add_slots(std::int64_t row, Span words, Tile<Isa>& tile) const {
         constexpr std::int64_t kWindows = kWordColumns / kWindowColumns;
         const std::int64_t block = blocks_.first + row / kBlockRows, steps = window_steps(matrix_, block);
-        if (!steps) return;
-        const std::int64_t i = row % kBlockRows, shift = i < kRowSlots ? 0 : 4, first = words.first * kWindows;
+        const std::int64_t first = words.first * kWindows, shift = row % kBlockRows * 4;
         const std::int64_t last = words.last * kWindows < matrix_.windows ? words.last * kWindows : matrix_.windows;
+        if (!steps) return;
         const std::int64_t start = matrix_.slot_start[block] + first * steps;
-        const std::uint8_t* columns = matrix_.slot_columns + start * kStepBytes + i % kRowSlots;
-        const Value* values = static_cast<const Value*>(matrix_.slot_values) + start * kStepSlots + i;
+        const std::uint32_t* columns = matrix_.slot_columns + start;
+        const Value* values = static_cast<const Value*>(matrix_.slot_values) + start * kBlockRows + row % kBlockRows;
         // Counted here: a byte that is written to the tile might, for all a compiler knows, be one of its counter.
         std::int64_t count = tile.entries;
-        for (std::int64_t window = first; window < last; ++window) {
-            const std::int64_t base = (window - first) * kWindowColumns;
-            std::int64_t before = -1;
-            for (std::int64_t slot = 0; slot < steps * kRowSlots; ++slot, columns += 4, values += kBlockRows) {
-                const std::int64_t column = *columns >> shift & 15;
-                tile.columns[count] = static_cast<std::uint8_t>(base + column);
+        for (std::int64_t window = 0; window < last - first; ++window) {
+            for (std::int64_t step = 0; step < steps; ++step, ++columns, values += kBlockRows) {
+                const std::uint32_t column = *columns >> shift & 15;
+                tile.columns[count] = static_cast<std::uint8_t>(window * kWindowColumns + column);
                 tile.values[count] = widen_one(*values);
-                count += column > before;
-                before = column;
+                count += column < kWindowColumns;  // others stand for no weight
             }
         }
         tile.entries = count;

@@ -9,8 +9,8 @@ namespace {
 
 template <typename Isa, typename Value>
 constexpr Decode decode_kernel() {
-    return {Isa::arrangement(static_cast<const Value*>(nullptr)), Isa::arrange_windows, decode_bitmap<Isa, Value>,
-            decode_blocks<Isa, Value>, decode_dense<Isa, Value>, decode_dense_tokens<Isa, Value>};
+    return {Isa::arrangement(static_cast<const Value*>(nullptr)), decode_bitmap<Isa, Value>, decode_blocks<Isa, Value>,
+            decode_dense<Isa, Value>, decode_dense_tokens<Isa, Value>};
 }
 
 template <typename Isa, typename Value>

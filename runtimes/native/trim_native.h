@@ -14,15 +14,15 @@
 //
 // Rows that fill up the last group, and columns that fill up the last word, have no bits. The other rows stand in blocks
 // of eight, each weight either in a slot or in a list. Slots are places that every row of a block has in every window of
-// sixteen columns, four with each step; a block may have none to four steps for each of its windows. Columns of slots
-// are numbers within their window, four bits each:
+// eight columns, as many as the window has steps: none to eight, the same number for all windows of the block. The columns
+// of a step are numbers within the window, four bits for each row, from the lowest:
 //
-//              step 0: slots 0 of all rows, then slots 1, 2, 3                      step 1 of the window, if any
-//     columns | rows 0, 4 | rows 1, 5 | rows 2, 6 | rows 3, 7 | rows 0, 4 | ...    16 bytes; the first row is the lower half
-//     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...                  32 values
+//              step 0                        step 1 of the window, if any
+//     columns | row 0, row 1, ..., row 7    | row 0, row 1, ... | ...   32 bits
+//     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       8 values
 //
-// A row fills its slots in the order of its columns; in those that are left it repeats the last column, with values of
-// zero (columns 1, 0, 0, ... where it keeps nothing in a window). What does not fit is listed:
+// A row fills its slots in the order of its columns; those that are left have the column 8 and a value of zero. What does
+// not fit is listed:
 //
 //              step 0                        step 1
 //     columns | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       rising in each row; 16 bits
@@ -73,9 +73,9 @@ typedef struct TrimNativeMatrix {
     int64_t values_size;        // the tail included
     const int64_t* slot_start;  // [blocks + 1]: steps before each block, with blocks = ceil((rows - bitmap_rows) / 8);
     int64_t slot_start_size;    // or null: no block has slots
-    const uint8_t* slot_columns; // [slot_start[blocks] * 16]
+    const uint32_t* slot_columns; // [slot_start[blocks]]
     int64_t slot_columns_size;
-    const void* slot_values;    // [slot_start[blocks] * 32]
+    const void* slot_values;    // [slot_start[blocks] * 8]
     int64_t slot_values_size;
     const int64_t* list_start;  // [blocks + 1]: where the list of each block begins
     int64_t list_start_size;
@@ -153,7 +153,7 @@ TRIM_NATIVE_API int32_t trim_native_plan(const TrimNativeRows* rows, double step
 
 // Fills blocks for which there was a plan; their arrays are zeros beforehand, and of the sizes that the starts say.
 TRIM_NATIVE_API int32_t trim_native_lay_out(const TrimNativeRows* rows, const int64_t* slot_start,
-                                            const int64_t* list_start, int64_t starts_size, uint8_t* slot_columns,
+                                            const int64_t* list_start, int64_t starts_size, uint32_t* slot_columns,
                                             void* slot_values, uint16_t* list_columns, void* list_values);
 
 // What a step of slots with values of a type costs with the instruction set in use, in listed weights; infinite where

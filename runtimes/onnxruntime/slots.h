@@ -105,8 +105,8 @@ class Slots {
         }
         const std::size_t steps = static_cast<std::size_t>(slot_start_.back());
         const std::size_t entries = static_cast<std::size_t>(list_start_.back());
-        slot_columns_.resize(16 * steps), list_columns_.resize(entries);
-        slot_values_.resize(32 * steps * rows.value_bytes()), list_values_.resize(entries * rows.value_bytes());
+        slot_columns_.resize(steps), list_columns_.resize(entries);
+        slot_values_.resize(8 * steps * rows.value_bytes()), list_values_.resize(entries * rows.value_bytes());
         if (const std::int32_t status =
                 trim_native_lay_out(&given, slot_start_.data(), list_start_.data(), starts, slot_columns_.data(),
                                     slot_values_.data(), list_columns_.data(), list_values_.data())) {
@@ -120,7 +120,7 @@ class Slots {
         matrix.values = tail, matrix.values_size = TRIM_NATIVE_TAIL;
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
         matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = Rows::size(slot_columns_);
-        matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(32 * steps);
+        matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);
         matrix.list_start = list_start_.data(), matrix.list_start_size = starts;
         matrix.list_columns = list_columns_.data(), matrix.list_columns_size = Rows::size(list_columns_);
         matrix.list_values = list_values_.data(), matrix.list_values_size = Rows::size(list_columns_);
@@ -129,7 +129,7 @@ class Slots {
 
   private:
     std::vector<std::int64_t> slot_start_, list_start_;
-    std::vector<std::uint8_t> slot_columns_;
+    std::vector<std::uint32_t> slot_columns_;
     std::vector<std::uint16_t> list_columns_;
     std::vector<unsigned char> slot_values_, list_values_;  // allocated with any type's alignment
 };

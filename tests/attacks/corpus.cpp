@@ -39,7 +39,7 @@ int main(int count, char** words) {
         const auto starts = read_array<std::int64_t>(file, sizes[2]);
         const auto values = read_array<std::uint8_t>(file, sizes[3]);  // new aligns it for any type
         const auto slot_starts = read_array<std::int64_t>(file, sizes[4]);
-        const auto slot_columns = read_array<std::uint8_t>(file, sizes[5]);
+        const auto slot_columns = read_array<std::uint32_t>(file, sizes[5]);
         const auto slot_values = read_array<std::uint8_t>(file, sizes[6]);
         const auto list_starts = read_array<std::int64_t>(file, sizes[7]);
         const auto list_columns = read_array<std::uint16_t>(file, sizes[8]);
@@ -51,7 +51,7 @@ int main(int count, char** words) {
         const TrimNativeMatrix matrix = {rows, columns, head[2],
                                          order.get(), sizes[0] / 4, mask.get(), sizes[1] / 8,
                                          starts.get(), sizes[2] / 8, values.get(), sizes[3] / width,
-                                         slot_starts.get(), sizes[4] / 8, slot_columns.get(), sizes[5],
+                                         slot_starts.get(), sizes[4] / 8, slot_columns.get(), sizes[5] / 4,
                                          slot_values.get(), sizes[6] / width,
                                          list_starts.get(), sizes[7] / 8, list_columns.get(), sizes[8] / 2,
                                          list_values.get(), sizes[9] / width,

@@ -42,9 +42,9 @@ ARRAYS = (
     "list_values",
     "scales",
 )
-ELEMENTS = (4, 8, 8, 1, 8, 1, 1, 8, 2, 1, 4)
+ELEMENTS = (4, 8, 8, 1, 8, 4, 1, 8, 2, 1, 4)
 """Bytes that an array is made of; those of values depend on the case."""
-WIDTHS = (4, 8, 8, 8, 8, 1, 8, 8, 2, 8, 4)
+WIDTHS = (4, 8, 8, 8, 8, 4, 8, 8, 2, 8, 4)
 """Bytes that are damaged at a time."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 EXTREMES = (0, 1, -1, 2**31 - 1, -(2**31), 2**62, -(2**62))

@@ -88,7 +88,7 @@ struct Problem {
     Array<std::int64_t> starts{{}};
     Array<std::uint8_t> values{{}};
     Array<std::int64_t> slot_starts{{}};
-    Array<std::uint8_t> slot_columns{{}};
+    Array<std::uint32_t> slot_columns{{}};
     Array<std::uint8_t> slot_values{{}};
     Array<std::int64_t> list_starts{{}};
     Array<std::uint16_t> list_columns{{}};
@@ -142,36 +142,28 @@ struct Problem {
         stream.resize(stream.size() + TRIM_NATIVE_TAIL * bytes, 0xff);
         std::vector<std::int64_t> list_begins{0}, slot_begins{0};
         std::vector<std::uint16_t> listed;
-        std::vector<std::uint8_t> list_stream, slot_stream, nibbles;
-        const std::int64_t windows = (columns + 15) / 16;
+        std::vector<std::uint8_t> list_stream, slot_stream;
+        std::vector<std::uint32_t> slotted;
+        const std::int64_t windows = (columns + 7) / 8;
         for (std::int64_t block = 0; block < (rows - bitmap_rows + 7) / 8; ++block) {
             std::vector<std::uint16_t> of_row[8];
             std::size_t steps = 0;
-            const std::int64_t of_window = 4 * (generator() % 5), first = slot_begins.back() * 8 * 4;
-            slot_begins.push_back(slot_begins.back() + windows * of_window / 4);
-            nibbles.resize(static_cast<std::size_t>(slot_begins.back() * 16));
-            slot_stream.resize(static_cast<std::size_t>(slot_begins.back() * 32) * bytes);
+            const std::int64_t of_window = generator() % 9, first = slot_begins.back();
+            slot_begins.push_back(first + windows * of_window);
+            slotted.resize(static_cast<std::size_t>(slot_begins.back()), 0x88888888);
+            slot_stream.resize(slotted.size() * 8 * bytes);
             for (std::int64_t i = 0; i < 8; ++i) {
                 const std::int64_t place = bitmap_rows + 8 * block + i;
-                for (std::int64_t window = 0; window < windows; ++window) {
-                    std::int64_t slot = 0;
-                    int last = 0;
-                    const auto put = [&](int column) {
-                        const std::int64_t at = first / 2 + (window * of_window + slot) * 4 + i % 4;
-                        nibbles[static_cast<std::size_t>(at)] |= static_cast<std::uint8_t>(column << (i < 4 ? 0 : 4));
-                    };
-                    for (std::int64_t j = 16 * window; place < rows && j < 16 * window + 16 && j < columns; ++j) {
-                        if (!is_kept()) continue;
-                        if (slot == of_window) {
-                            of_row[i].push_back(static_cast<std::uint16_t>(j));
-                            continue;
-                        }
-                        put(last = static_cast<int>(j % 16));
-                        const std::int64_t at = first + (window * of_window + slot++) * 8 + i;
-                        write(weight(place, j), slot_stream.data() + static_cast<std::size_t>(at) * bytes);
+                for (std::int64_t j = 0, slot = 0; place < rows && j < columns; ++j) {
+                    if (j % 8 == 0) slot = 0;
+                    if (!is_kept()) continue;
+                    if (slot == of_window) {
+                        of_row[i].push_back(static_cast<std::uint16_t>(j));
+                        continue;
                     }
-                    if (slot == 0 && of_window > 0) put(1), ++slot;
-                    for (; slot < of_window; ++slot) put(last);
+                    const auto step = static_cast<std::size_t>(first + j / 8 * of_window + slot++);
+                    slotted[step] ^= static_cast<std::uint32_t>(8 ^ j % 8) << (4 * i);
+                    write(weight(place, j), slot_stream.data() + (8 * step + static_cast<std::size_t>(i)) * bytes);
                 }
                 steps = std::max(steps, of_row[i].size());
             }
@@ -185,7 +177,7 @@ struct Problem {
             }
             list_begins.push_back(static_cast<std::int64_t>(listed.size()));
         }
-        slot_starts = Array(slot_begins), slot_columns = Array(nibbles), slot_values = Array(slot_stream);
+        slot_starts = Array(slot_begins), slot_columns = Array(slotted), slot_values = Array(slot_stream);
         list_starts = Array(list_begins), list_columns = Array(listed), list_values = Array(list_stream);
         order = Array(some_order), mask = Array(words), starts = Array(begins), values = Array(stream);
         scales = Array(row_scales);
@@ -284,8 +276,8 @@ void check_damaged_blocks(std::int32_t type) {
             problem.list_columns[entry] = before;
         }
         for (std::int64_t at = 0; at < problem.slot_columns.size; at += 13) {
-            const std::uint8_t before = problem.slot_columns[at];
-            for (const std::uint8_t wrong : {0x00, 0x0f, 0xf0, 0xff}) {
+            const std::uint32_t before = problem.slot_columns[at];
+            for (const std::uint32_t wrong : {0u, 0x77777777u, 0x0f0f0f0fu, ~0u}) {
                 problem.slot_columns[at] = wrong;
                 const std::int32_t status = run();
                 CHECK(status == TRIM_NATIVE_OK || status == TRIM_NATIVE_BAD_MASK);
@@ -339,10 +331,12 @@ void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, do
         return Array(std::vector<std::uint8_t>(static_cast<std::size_t>(count) * width));
     };
     const std::int64_t steps = slot_start[blocks], entries = list_start[blocks];
-    const Array<std::uint8_t> slot_columns = zeros(steps * 16, 1), slot_values = zeros(steps * 32, bytes);
+    const Array<std::uint32_t> slot_columns(std::vector<std::uint32_t>(static_cast<std::size_t>(steps)));
+    const Array<std::uint8_t> slot_values = zeros(steps * 8, bytes);
     const Array<std::uint16_t> list_columns(std::vector<std::uint16_t>(static_cast<std::size_t>(entries)));
     const Array<std::uint8_t> list_values = zeros(entries, bytes);
     const auto lay_out = [&](const TrimNativeRows& given) {
+        std::fill_n(slot_columns.get(), steps, 0);
         return trim_native_lay_out(&given, slot_start.get(), list_start.get(), blocks + 1, slot_columns.get(),
                                    slot_values.get(), list_columns.get(), list_values.get());
     };
@@ -351,8 +345,8 @@ void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, do
     const Array<std::uint8_t> tail = zeros(TRIM_NATIVE_TAIL, bytes);
     const Array<float> scales(std::vector<float>(static_cast<std::size_t>(rows), 1.0f));
     const TrimNativeMatrix matrix{rows, columns, 0, order.get(), rows, nullptr, 0, &no_groups, 1, tail.get(),
-                                  TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps * 16,
-                                  slot_values.get(), steps * 32, list_start.get(), blocks + 1, list_columns.get(),
+                                  TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps,
+                                  slot_values.get(), steps * 8, list_start.get(), blocks + 1, list_columns.get(),
                                   entries, list_values.get(), entries, scales.get(), rows, type};
     for (std::int64_t tokens : {1, 6}) {
         const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows));

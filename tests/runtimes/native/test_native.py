@@ -256,7 +256,7 @@ def test_bytes_in_memory() -> None:
     lists = structure + 1 * 8 + no_slots + 2 * 8 + (steps + steps % 2) * 8 * (2 + 2)
     assert held(laid_out(matrix, torch.bfloat16, LISTS)) == lists + TAIL * 2
     made = laid_out(matrix, torch.bfloat16, SLOTS)
-    in_slots = int(made.slot_start[-1]) * (16 + 32 * 2)
+    in_slots = int(made.slot_start[-1]) * (4 + 8 * 2)
     assert held(made) - made.list_columns.numel() * (2 + 2) == structure + 1 * 8 + 2 * 8 + 2 * 8 + in_slots + TAIL * 2
 
 
@@ -334,10 +334,9 @@ def parts(form: Preference) -> dict[str, Any]:
         (SLOTS, "slot_start", lambda t: t * 2**40, "disagree"),
         (SLOTS, "slot_start", lambda t: t.flip(0), "disagree"),
         (SLOTS, "slot_start", lambda t: torch.cat([t[:1], t[1:-1] + 1, t[-1:]]), "disagree"),
-        (SLOTS, "slot_columns", lambda t: t[:-1], "needs slot_columns"),
-        (SLOTS, "slot_columns", lambda t: t[:-16], "needs slot_values"),
-        (SLOTS, "slot_columns", lambda t: t.view(torch.int8), "needs slot_columns as torch.uint8"),
-        (SLOTS, "slot_values", lambda t: t[:-32], "needs slot_values"),
+        (SLOTS, "slot_columns", lambda t: t[:-1], "needs slot_values"),
+        (SLOTS, "slot_columns", lambda t: t.view(torch.int16), "needs slot_columns as torch.int32"),
+        (SLOTS, "slot_values", lambda t: t[:-8], "needs slot_values"),
         (SLOTS, "slot_values", lambda t: t.half(), "needs slot_values as torch.float32"),
         (LISTS, "list_start", lambda t: t[:-1], "needs list_start"),
         (LISTS, "list_start", lambda t: t + 1, "disagree"),
