@@ -34,6 +34,7 @@ from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
 from trim_export.converters._checks import check_shape
 from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
 from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError, UsageError, choose, first_line
+from trim_export.memory import return_freed
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
@@ -54,6 +55,9 @@ __all__ = [
 
 # On a GPU triton is preferred by prediction, not by measurement; it does not execute on the CPU. There native is the
 # faster one in decode and prefill (benchmarks/results/smollm2_0.8_bench.json).
+_RETURN_BYTES = 2**24
+"""Stored bytes that are freed before memory is given back, which takes some milliseconds."""
+
 _KNOWN: tuple[Runtime, ...] = (TritonRuntime(), NativeRuntime(), TorchSparseRuntime(), DenseRuntime())
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
@@ -321,7 +325,7 @@ class TrimSparseQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        runtime = None
+        runtime, freed = None, 0
         # Names only: what is stored of a module is to be freed when a layer takes its place, not when all have.
         for name in [name for name, module in model.named_modules() if isinstance(module, _StoredLinear)]:
             module = model.get_submodule(name)
@@ -337,8 +341,13 @@ class TrimSparseQuantizer(HfQuantizer):
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
             runtime.finish(model.get_submodule(name.rpartition(".")[0]))
+            freed += module.stored_bytes
+            if freed >= _RETURN_BYTES:
+                freed = 0
+                return_freed()
         if runtime is not None:
             runtime.finish(model)
+            return_freed()
         if isinstance(runtime, DenseRuntime):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model

@@ -75,8 +75,9 @@ bool rises(const std::int64_t* starts, std::int64_t count, std::int64_t end) {
 bool are_slots(const Matrix& matrix, std::int64_t steps) {
     if (!rises(matrix.slot_start, matrix.blocks, steps)) return false;
     for (std::int64_t block = 0; block < matrix.blocks; ++block) {
-        const std::int64_t of_block = matrix.slot_start[block + 1] - matrix.slot_start[block];
-        if (of_block % matrix.windows || of_block / matrix.windows > kMostSteps) return false;
+        std::int64_t left = matrix.slot_start[block + 1] - matrix.slot_start[block];
+        for (std::int64_t step = 0; step < kMostSteps && left > 0; ++step) left -= matrix.windows;
+        if (left != 0) return false;
     }
     return true;
 }
