@@ -198,14 +198,20 @@ class Shares {
     std::int32_t count_;
 };
 
-// The threads of OpenMP, if it is there.
-TrimNativePool own_threads(std::int32_t threads) {
-    return {threads, kLeastShare,
-            [](void*, std::int32_t count, void (*work)(void*, std::int32_t), void* task) {
-#pragma omp parallel for num_threads(count) schedule(static, 1)  // without OpenMP one after the other
+// Shares for each thread of OpenMP: one that wakes late, or is interrupted, leaves its shares to the others.
+constexpr std::int32_t kSharesOfThread = 4;
+constexpr std::int32_t kMostShares = kMostThreads * kSharesOfThread;
+
+// The threads of OpenMP, if it is there; none where there cannot be so many.
+TrimNativePool own_threads(std::int32_t& threads) {
+    if (threads < 1 || threads > kMostThreads) return {0, kLeastShare, nullptr, nullptr};
+    return {threads == 1 ? 1 : threads * kSharesOfThread, kLeastShare,
+            [](void* context, std::int32_t count, void (*work)(void*, std::int32_t), void* task) {
+                const std::int32_t most = *static_cast<std::int32_t*>(context);
+#pragma omp parallel for num_threads(count < most ? count : most) schedule(dynamic, 1)  // or one after the other
                 for (std::int32_t share = 0; share < count; ++share) work(task, share);
             },
-            nullptr};
+            &threads};
 }
 
 // Runs work(0), ..., work(count - 1) on the threads of the pool; whether all returned true.
@@ -425,7 +431,7 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (tokens < 0 || tokens > kMostRows || input_stride < checked.columns || output_stride < checked.rows) {
         return TRIM_NATIVE_BAD_INPUTS;
     }
-    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostShares) return TRIM_NATIVE_BAD_THREADS;
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
@@ -462,7 +468,7 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
         !fits(outputs, outputs_size, tokens * matrix->rows, sizeof(float))) {
         return TRIM_NATIVE_BAD_INPUTS;
     }
-    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostThreads) return TRIM_NATIVE_BAD_THREADS;
+    if (pool == nullptr || pool->threads < 1 || pool->threads > kMostShares) return TRIM_NATIVE_BAD_THREADS;
     const DenseMatrix checked{matrix->rows, matrix->columns, matrix->values, matrix->scales};
     const Decode& kernel = kernels_in_use.load(std::memory_order_relaxed)->decode[matrix->value_type];
     const double cost = kDecodeCost.column * static_cast<double>(matrix->rows * matrix->columns);
