@@ -93,7 +93,7 @@ def window_batches(windows: int, length: int, training: Training) -> list[Tensor
     size = min(windows, windows_per_step(length))
     generator = torch.Generator().manual_seed(training.seed)
     rounds = math.ceil(training.steps * size / windows)
-    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(rounds)])
+    order = torch.cat([torch.randperm(windows, generator=generator, device=generator.device) for _ in range(rounds)])
     return list(order[: training.steps * size].split(size))
 
 
