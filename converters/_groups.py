@@ -19,21 +19,22 @@ from trim_export.converters._rows import rows_to_mask
 from trim_export.converters.matrix import SparseMatrix
 from trim_export.errors import ArtifactError, UsageError
 
-__all__ = ["GROUP", "GROUP_PTR", "WIDEST", "check_limits", "collect", "take_groups", "unsigned"]
+__all__ = ["GROUP", "GROUP_PTR", "MOST_SLOTS", "WIDEST", "check_limits", "collect", "take_groups", "unsigned"]
 
 GROUP = 8
 """Slots of a group: eight 16-bit values are one load of 128 bits."""
 GROUP_PTR = "weight_group_ptr"
 WIDEST = 2**16
 """Most columns that 16 bits can name."""
-_MOST_SLOTS = 2**31 - 1
+MOST_SLOTS = 2**31 - 1
+"""Most slots that 32-bit offsets can count."""
 
 
 def check_limits(columns: int, slots: int) -> None:
     """Refuse (`UsageError`) a matrix whose columns do not fit 16 bits, or whose slots do not fit 32-bit offsets."""
     if columns > WIDEST:
         raise UsageError(f"{columns} columns do not fit the 16-bit indices of GPU encodings; use CSR (torch-sparse)")
-    if slots > _MOST_SLOTS:
+    if slots > MOST_SLOTS:
         raise UsageError(f"{slots} slots do not fit the 32-bit offsets of GPU encodings; use CSR (torch-sparse)")
 
 

@@ -194,7 +194,7 @@ def run_batches(block: nn.Module, call: BlockCall, hidden: Tensor, compute: Comp
 
 def in_batches(attempt: Callable[[int], T], hidden: Tensor, compute: Compute) -> T:
     """What ``attempt`` gives with the windows of ``hidden`` in batches of a size that the device has memory for."""
-    return halving(attempt, batch_windows(hidden.shape[1]), 1, compute.device, "windows")
+    return halving(attempt, min(len(hidden), batch_windows(hidden.shape[1])), 1, compute.device, "windows")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from trim_export.recipe import Recipe
 from trim_export.row_budgets import ROW_BUDGETS, LayerView, uniform
 from trim_export.scores import SCORES
 from trim_export.statistics import InputStatistics, observe_block, require_all_seen
-from trim_export.streams import Finished, observe_dense, observe_pruned
+from trim_export.streams import PrunedStream, observe_dense
 from trim_export.updates import UPDATES, LayerProblem, Support
 
 __all__ = ["PrunedBlock", "mask_block", "output_cosine", "prune_matrix", "require_finite_weight", "update_block"]
@@ -96,9 +96,9 @@ def update_block(
     dense = observe_dense(block, linears, call, dense_hidden, compute, residual=recipe.targets == "residual")
     pruned: dict[str, SparseMatrix] = {}
     reports: dict[str, dict[str, Any]] = {}
-    finished = Finished()
-    for group in dense.groups:
-        seen = observe_pruned(block, linears, group, dense, call, hidden, compute, name, finished)
+    stream = PrunedStream(block, linears, dense, call, hidden, compute, name)
+    for group in dense.flow.groups:
+        seen = stream.observe(group)
         for path in group:
             weight = linears[path].weight.data
             exact = weight.float()
@@ -110,11 +110,7 @@ def update_block(
             reports[path] = _report(exact, update.weight, update.mask, seen.inputs) | choice
             linears[path].weight.data = pruned[path].to_dense()
     require_all_seen(linears, pruned, name)
-    if seen.pending is not None:
-        output = seen.pending.finish(linears[dense.groups[-1][0]], compute)
-    else:
-        output = run_block(block, call, hidden, compute)
-    return (pruned, reports), output, dense.output
+    return (pruned, reports), stream.finish(), dense.output
 
 
 def prune_matrix(

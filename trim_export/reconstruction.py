@@ -22,7 +22,16 @@ from torch.func import functional_call
 
 from trim_export.errors import ModelError
 from trim_export.forward import BlockCall, Compute, batch_windows
-from trim_export.training import EVALUATE_EVERY, Fit, Training, held_out_windows, learning_rate, window_batches
+from trim_export.training import (
+    EVALUATE_EVERY,
+    Fit,
+    Training,
+    backward,
+    held_out_windows,
+    learning_rate,
+    mean_loss,
+    window_batches,
+)
 
 __all__ = ["reconstruct_block", "relative_error"]
 
@@ -69,28 +78,24 @@ def reconstruct_block(
     def recovered(*args: Any, **kwargs: Any) -> Any:
         return functional_call(block, spread(values), args, kwargs)
 
-    held = held_out_windows(len(hidden))
+    def loss(windows: Tensor) -> Tensor:
+        return relative_error(call.run(recovered, hidden[windows], compute), target[windows].to(compute.device))
 
-    @torch.no_grad()
+    trained = len(hidden) - held_out_windows(len(hidden))
+    held = torch.arange(trained, len(hidden), device=hidden.device)
+
     def held_out_loss() -> float:
-        total = 0.0
-        size = batch_windows(hidden.shape[1])
-        for batch, wanted in zip(hidden[-held:].split(size), target[-held:].split(size), strict=True):
-            output = call.run(recovered, batch, compute)
-            total += len(batch) * float(relative_error(output, wanted.to(compute.device)))
-        return total / held
+        return mean_loss(loss, held, batch_windows(hidden.shape[1]), compute.device)
 
     optimizer = torch.optim.Adam(values.values(), betas=(0.9, 0.95))
     before = after = held_out_loss()
     if not before < float("inf"):
         raise ModelError(f"{name}: NaN or infinity in its activations; nothing can be recovered on them")
     best, best_step = {path: kept.detach().clone() for path, kept in values.items()}, 0
-    batches = window_batches(len(hidden) - held, hidden.shape[1], training)
+    batches = window_batches(trained, hidden.shape[1], training)
     for step, windows in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = learning_rate(training, step)
-        loss = relative_error(call.run(recovered, hidden[windows], compute), target[windows].to(compute.device))
-        optimizer.zero_grad()
-        loss.backward()
+        backward(loss, windows, optimizer, compute.device)
         optimizer.step()
         if step % EVALUATE_EVERY and step < training.steps:
             continue

@@ -36,8 +36,10 @@ from trim_export.training import (
     EVALUATE_EVERY,
     Fit,
     Training,
+    backward,
     held_out_windows,
     learning_rate,
+    mean_loss,
     window_batches,
     windows_per_step,
 )
@@ -147,19 +149,18 @@ def _train(
     track: Callable[[Iterable[int], str], Iterable[int]],
 ) -> tuple[Fit, dict[str, Tensor]]:
     """Train ``parameters``; returns the loss and the values that did best."""
-    held = held_out_windows(len(tokens))
+    trained = len(tokens) - held_out_windows(len(tokens))
+    held = torch.arange(trained, len(tokens), device=tokens.device)
 
-    def loss_on(batch: Tensor) -> Tensor:
-        ids = batch.to(compute.device)
+    def loss(windows: Tensor) -> Tensor:
+        ids = tokens[windows].to(compute.device)
         with compute.context():
             with torch.no_grad():
                 reference = teacher(ids, use_cache=False).logits
             return kl_divergence(student(ids, use_cache=False).logits, reference)
 
-    @torch.no_grad()
     def held_out_loss() -> float:
-        batches = tokens[-held:].split(windows_per_step(tokens.shape[1]))
-        return sum(len(batch) * float(loss_on(batch)) for batch in batches) / held
+        return mean_loss(loss, held, windows_per_step(tokens.shape[1]), compute.device)
 
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY)
     if state.exists():
@@ -169,11 +170,10 @@ def _train(
         if not start < float("inf"):
             raise ModelError("NaN or infinity in the predictions on the held-out text; nothing can be recovered on it")
         done, fit, best = 0, Fit(start, start, 0), _values(parameters)
-    batches = window_batches(len(tokens) - held, tokens.shape[1], training)
+    batches = window_batches(trained, tokens.shape[1], training)
     for step in track(range(done + 1, training.steps + 1), "fine-tuning"):
         optimizer.param_groups[0]["lr"] = learning_rate(training, step)
-        optimizer.zero_grad()
-        loss_on(tokens[batches[step - 1]]).backward()
+        backward(loss, batches[step - 1], optimizer, compute.device)
         clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         if step % EVALUATE_EVERY and step < training.steps:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trim_export.memory import halving
+
 __all__ = [
     "EVALUATE_EVERY",
     "Fit",
+    "Loss",
     "Training",
+    "backward",
     "held_out_windows",
     "learning_rate",
+    "mean_loss",
     "window_batches",
     "windows_per_step",
 ]
@@ -23,6 +29,9 @@ EVALUATE_EVERY = 10
 """Steps between two looks at the held-out windows; the last step is always looked at."""
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
+
+Loss = Callable[[Tensor], Tensor]
+"""The mean loss over some windows, whose indices int64 ``[windows]`` it gets."""
 
 
 @dataclass(frozen=True)
@@ -84,5 +93,26 @@ def window_batches(windows: int, length: int, training: Training) -> list[Tensor
     size = min(windows, windows_per_step(length))
     generator = torch.Generator().manual_seed(training.seed)
     rounds = math.ceil(training.steps * size / windows)
-    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(rounds)])
+    order = torch.cat([torch.randperm(windows, generator=generator, device=generator.device) for _ in range(rounds)])
     return list(order[: training.steps * size].split(size))
+
+
+def backward(loss: Loss, windows: Tensor, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Give the optimizer's parameters the gradients of a loss over ``windows``, in parts where memory runs out."""
+
+    def attempt(size: int) -> None:
+        optimizer.zero_grad()
+        for part in windows.split(size):
+            (loss(part) * (len(part) / len(windows))).backward()
+
+    halving(attempt, len(windows), 1, device, "windows")
+
+
+@torch.no_grad()
+def mean_loss(loss: Loss, windows: Tensor, size: int, device: torch.device) -> float:
+    """A loss over ``windows`` without gradients, ``size`` of them at a time, fewer where memory runs out."""
+
+    def attempt(size: int) -> float:
+        return sum(len(part) * float(loss(part)) for part in windows.split(size)) / len(windows)
+
+    return halving(attempt, min(size, len(windows)), 1, device, "windows")

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plotting import NO_PLOT
 from benchmarks.quality.cells import DENSE, TABLE, Cell
 from benchmarks.quality.store import Store
 from benchmarks.quality.stored import GGUF
 from benchmarks.quality.tables import Contestant, contestants
+from trim_export.report.figures import GREY, SETTINGS
 
 __all__ = ["plots"]
 
@@ -22,18 +24,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "fast": {"color": "#3d6f9e", "marker": "D", "linestyle": (0, (7, 2, 1, 2))},
     "best": {"color": "#0b2545", "marker": "o", "linestyle": "-"},
 }
-GREY = "#5c5c5c"
-SETTINGS: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "trim-export",  # the same figures give the same file
-}
 
 
 def plots(store: Store) -> list[str]:
@@ -41,7 +31,7 @@ def plots(store: Store) -> list[str]:
     try:
         import matplotlib as mpl
     except ImportError:
-        return ["No plots: matplotlib is not installed (pip install 'trim-export[bench]')."]
+        return [NO_PLOT]
     with mpl.rc_context(SETTINGS):
         drawn = [_quality(store, store.path.with_suffix(".svg"))]
         drawn.append(_frontier(store, store.path.with_name("frontier.svg")))

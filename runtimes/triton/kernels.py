@@ -15,6 +15,17 @@ __all__ = ["expand", "reduce_splits", "spmm", "spmv"]
 
 
 @triton.jit
+def _rows(order, ptr, rows, ROWS: tl.constexpr):
+    """A program's rows ``[ROWS]``, whether each exists, where its groups begin and end, and the most of any row."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < rows
+    row = tl.load(order + place, mask=inside, other=0)
+    begin = tl.load(ptr + row, mask=inside, other=0)
+    end = tl.load(ptr + row + 1, mask=inside, other=0)
+    return row, inside, begin, end, tl.max(end - begin, 0)
+
+
+@triton.jit
 def _distances(word, STEP: tl.constexpr):
     """STEP (1 or 2) times the distances ``[ROWS, LANES, 8]`` of the slots of groups from their base.
 
@@ -56,12 +67,7 @@ def spmv(
     y [SPLIT, rows]. Grid: (rows / ROWS, SPLIT).
     """
     part = tl.program_id(1)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = place < rows
-    row = tl.load(order + place, mask=inside, other=0)
-    begin = tl.load(ptr + row, mask=inside, other=0)
-    end = tl.load(ptr + row + 1, mask=inside, other=0)
-    most = tl.max(end - begin, 0)
+    row, inside, begin, end, most = _rows(order, ptr, rows, ROWS)
     u = tl.arange(0, 8)
     sums = tl.zeros([ROWS, LANES, 8], tl.float32)
     for step in range(part * LANES, most, SPLIT * LANES):
@@ -94,12 +100,7 @@ def spmm(
     As `spmv`, with xt ``[columns, TOKENS]``, so that one weight gathers a run of memory, and y ``[tokens, rows]``;
     TOKENS is the power of two that holds them. Grid: (rows / ROWS,).
     """
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = place < rows
-    row = tl.load(order + place, mask=inside, other=0)
-    begin = tl.load(ptr + row, mask=inside, other=0)
-    end = tl.load(ptr + row + 1, mask=inside, other=0)
-    most = tl.max(end - begin, 0)
+    row, inside, begin, end, most = _rows(order, ptr, rows, ROWS)
     n = tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS, LANES, TOKENS], tl.float32)
     for step in range(0, most, LANES):
@@ -130,12 +131,7 @@ def expand(
 
     Slots without a weight hold a zero, whose bits are none: only others are written.
     """
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = place < rows
-    row = tl.load(order + place, mask=inside, other=0)
-    begin = tl.load(ptr + row, mask=inside, other=0)
-    end = tl.load(ptr + row + 1, mask=inside, other=0)
-    most = tl.max(end - begin, 0)
+    row, _, begin, end, most = _rows(order, ptr, rows, ROWS)
     u = tl.arange(0, 8)
     start = w + row.to(tl.int64) * columns
     for step in range(0, most, LANES):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.converters import G8, InterleavedCsr, SparseMatrix, nbytes
+from trim_export.converters._groups import MOST_SLOTS
 from trim_export.converters.csr_interleaved import cost
 from trim_export.runtimes.linear import Layout, SparseLinear, siblings
 from trim_export.runtimes.native.linear import MaskedLinear
@@ -167,7 +168,7 @@ class TritonLinear(SparseLinear):
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Let the `siblings` of every module share their rows, wherever all are in one encoding and dtype.
+    """Let the `siblings` of every module share their rows, if all are in one encoding and dtype and offsets suffice.
 
     The module must call them in turn, with a tensor that it does not change between them, as decoder blocks do.
     """
@@ -175,7 +176,7 @@ def join_siblings(model: nn.Module) -> None:
         found = list(layers.values())
         kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.gaps is None) for layer in found}
         joined = len({layer.packed for layer in found}) < len(found)
-        if joined or len(kinds) > 1:
+        if joined or len(kinds) > 1 or sum(layer.packed.values.numel() for layer in found) > MOST_SLOTS:
             continue
         packed = PackedRows.stack([layer.packed for layer in found])
         for member, layer in enumerate(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scarce import fails_at
 from torch import Tensor, nn
 
 from trim_export.errors import ModelError
@@ -102,6 +103,18 @@ def test_training_that_only_harms_leaves_every_bit_as_it_was() -> None:
     assert fit.step == 0
     assert fit.after == fit.before
     assert all(torch.equal(old, new) for old, new in zip(before, case.weights(), strict=True))
+
+
+@pytest.mark.parametrize("call", [1, 4])  # on the held-out windows, and in a step
+def test_out_of_memory_changes_no_more_than_rounding(call: int, caplog: pytest.LogCaptureFixture) -> None:
+    expected, found = Case(), Case()
+    undisturbed = expected.reconstruct(steps=10)
+    assert caplog.text == ""
+    with fails_at(found.block, call):
+        fit = found.reconstruct(steps=10)
+    assert caplog.text.count("out of memory: trying again") == 1
+    assert fit.after == pytest.approx(undisturbed.after, rel=1e-4)
+    torch.testing.assert_close(found.weights(), expected.weights(), rtol=1e-3, atol=1e-4)
 
 
 def test_biases_stay_and_nothing_else_hangs_on_the_block() -> None:

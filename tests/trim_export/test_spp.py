@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scarce import fails_at
 from scipy.special import log_softmax
 from tiny_models import tiny_tokens
 
@@ -140,6 +141,20 @@ def test_checkpointing_changes_nothing_but_memory(kind: str, make: Callable[...,
     assert kept.train(steps=4) == recomputed.train(steps=4, checkpointing=True)
     assert all(torch.equal(weight, recomputed.weights()[name]) for name, weight in kept.weights().items())
     assert not any("forward" in vars(module) for module in recomputed.student.modules())
+
+
+@pytest.mark.parametrize("call", [1, 4])  # on the held-out windows, and in a step
+def test_out_of_memory_changes_no_more_than_rounding(
+    call: int, make: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, found = make("expected"), make("found")
+    undisturbed = expected.train(steps=6)
+    assert caplog.text == ""
+    with fails_at(found.student.get_submodule(found.modules[-1]), call):
+        fit = found.train(steps=6)
+    assert caplog.text.count("out of memory: trying again") == 1
+    assert fit.after == pytest.approx(undisturbed.after, rel=1e-3)
+    torch.testing.assert_close(found.weights(), expected.weights(), rtol=1e-3, atol=1e-3)
 
 
 class Killed(BaseException):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from trim_export.training import Training, held_out_windows, learning_rate, window_batches
+from trim_export.training import Training, backward, held_out_windows, learning_rate, mean_loss, window_batches
 
 
 @given(windows=st.integers(1, 40), length=st.sampled_from([1, 100, 128, 1024, 5000]), steps=st.integers(1, 30))
@@ -49,3 +50,33 @@ def test_the_rate_rises_to_its_peak_and_falls_as_a_cosine(steps: int, peak: floa
 @pytest.mark.parametrize(("windows", "held"), [(2, 1), (15, 1), (16, 2), (128, 16)])
 def test_an_eighth_of_the_windows_is_held_out(windows: int, held: int) -> None:
     assert held_out_windows(windows) == held
+
+
+@pytest.mark.parametrize("most", [7, 4, 1])
+def test_out_of_memory_cuts_a_loss_into_parts_of_the_same_sum(most: int, caplog: pytest.LogCaptureFixture) -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(9, 5, generator=draw), torch.randn(5, generator=draw).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    windows = torch.tensor([8, 1, 3, 0, 5, 2, 7])
+
+    def loss(part: Tensor) -> Tensor:
+        found = (inputs[part] @ weight).square().mean()
+        if len(part) > most:
+            raise torch.OutOfMemoryError("too large")
+        return found
+
+    backward(loss, windows, optimizer, weight.device)
+    exact = inputs[windows].double()
+    outputs = exact @ weight.detach().double()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), 2 * outputs @ exact / len(windows), rtol=1e-5, atol=1e-6)
+    mean = mean_loss(loss, windows, 100, weight.device)
+    assert mean == pytest.approx(float(outputs.square().mean()), rel=1e-5)
+    halvings = {7: [], 4: [3], 1: [3, 1]}[most]
+    assert [record.args[1] for record in caplog.records] == 2 * halvings  # type: ignore[index]
+    with pytest.raises(torch.OutOfMemoryError):
+        backward(lambda part: never(), windows, optimizer, weight.device)
+
+
+def never() -> Tensor:
+    raise torch.OutOfMemoryError("too large")

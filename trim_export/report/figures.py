@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["blocks_figure", "concentration_figure", "rates_figure", "rows_figure", "runtimes_figure"]
+__all__ = [
+    "GREY",
+    "SETTINGS",
+    "blocks_figure",
+    "concentration_figure",
+    "rates_figure",
+    "rows_figure",
+    "runtimes_figure",
+]
 
 WIDTH = 5.2
 """Inches; with letters of 10 points a phone shows them at about 8."""
@@ -35,6 +43,7 @@ SETTINGS: Any = {
     "svg.hashsalt": "trim-export",  # the same artifact gives the same file
     "text.parse_math": False,  # names come from an artifact
 }
+"""Of matplotlib, for every picture that we draw."""
 
 
 P = ParamSpec("P")

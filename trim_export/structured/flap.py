@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trim_export.errors import ModelError, UsageError
-from trim_export.forward import Compute, batch_windows
+from trim_export.forward import Compute, in_batches
 from trim_export.models import DenseModel, decoder_blocks
 from trim_export.progress import Track
 
@@ -91,12 +91,17 @@ def fluctuations(dense: DenseModel, tokens: Tensor, compute: Compute, track: Tra
         for name, block in decoder_blocks(dense.model).items()
         for path in (ATTENTION, MLP)
     }
+
+    def measure(windows: int) -> dict[str, tuple[Tensor, Tensor]]:
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad(), _summing(places, sums):
+            for batch in track(list(tokens.split(windows)), "fluctuations"):
+                with compute.context():
+                    dense.model.base_model(batch.to(compute.device), use_cache=False)
+        return sums
+
     dense.model.to(compute.device)  # type: ignore[arg-type]  # transformers types it as if it took a module
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.no_grad(), _summing(places, sums):
-        for batch in track(list(tokens.split(batch_windows(tokens.shape[1]))), "fluctuations"):
-            with compute.context():
-                dense.model.base_model(batch.to(compute.device), use_cache=False)
+    sums = in_batches(measure, tokens, compute)
     dense.model.to("cpu")  # type: ignore[arg-type]
     count = tokens.numel()
     return {

@@ -107,6 +107,8 @@ def assert_lean(machine: Machine) -> None:
     assert machine.registers <= 64
     assert machine.stack == 0
     assert not [code for code in opcodes(machine.instructions) if code.startswith(("LDL", "STL"))]
+    atomics = {"ATOM", "ATOMG", "ATOMS", "RED"}
+    assert not atomics & {code.split(".")[0] for code in opcodes(machine.instructions)}, "sums in any order"
     assert machine.shared <= 48 * 1024
 
 

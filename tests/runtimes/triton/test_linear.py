@@ -151,6 +151,13 @@ def test_siblings_in_different_encodings_stay_apart() -> None:
     assert block.gate_proj.packed is not block.up_proj.packed
 
 
+def test_siblings_whose_offsets_would_overflow_together_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Attention()
+    monkeypatch.setattr(layers, "MOST_SLOTS", block.q_proj.packed.values.numel() + 1)
+    join_siblings(block)
+    assert block.q_proj.packed is not block.k_proj.packed
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runtime take CPU tensors, which its operator decodes."""
@@ -226,6 +233,35 @@ def test_the_kernel_is_chosen_by_tokens(
     packed = layer(12, 40).packed
     rows = launches.Packed(packed.order, packed.ptr, packed.index, packed.gaps, packed.values, 40)
     assert launches.multiply(rows, torch.zeros(tokens, 40)) == kernel
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 40])
+def test_a_launch_asks_the_device_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a CUDA graph can record it: every tensor is a shape without values here, and whoever reads one fails."""
+    ran: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: ran.append(f"{self.name} {grid}")
+
+    names = ("spmv", "reduce_splits", "spmm", "expand")
+    monkeypatch.setattr(launches, "_kernels", lambda: SimpleNamespace(**{name: Kernel(name) for name in names}))
+    monkeypatch.setattr(launches, "_multiprocessors", lambda _: 132)
+    packed = PackedRows.pack(sparse(30, 4096, 0.7), CPU.device).to("meta").tensors()
+    output = launches.multiply(packed, torch.empty(tokens, 4096, device="meta"))
+    assert output.shape == (tokens, 30)
+    assert ran == {1: ["spmv (8, 4)", "reduce_splits (1,)"], 40: ["expand (8,)"]}.get(tokens, ["spmm (8,)"])
+
+
+def test_rows_come_in_the_order_of_their_groups() -> None:
+    packed = PackedRows.pack(row_variable(40, 333, torch.float16, 0), CPU.device)
+    counts = packed.ptr.diff()[packed.order.long()]
+    assert counts.max() > counts.min()
+    assert torch.equal(counts, counts.sort(descending=True).values)
+    assert torch.equal(packed.order.sort().values, torch.arange(40, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(4096, 4), (1024, 8), (16384, 1)])
