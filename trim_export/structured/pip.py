@@ -10,7 +10,8 @@ done here:
 
 * The size of a difference is ``sum |w (g' - g)|`` over a block's weights: the first-order term by which gradient-based
   structured pruning measures what a weight is worth to the loss (LLM-Pruner, arXiv 2305.11627), with the difference of
-  the gradients in the gradient's place. It has the unit of the loss in every block.
+  the gradients in the gradient's place. It has the unit of the loss in every block, and stays the same when one
+  matrix is scaled up and the next one down by as much.
 * It is taken of each window's mean loss and averaged over ten windows, LLM-Pruner's number.
 * A third of the words are edited. The perturbed view is cut to as many tokens as the original one has.
 

@@ -88,6 +88,18 @@ def test_gradient_differences_are_those_of_two_separate_passes(tiny: Callable[[s
     assert found == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+def test_the_size_of_a_difference_is_that_of_the_function_not_of_how_its_matrices_are_scaled(
+    tiny: Callable[[str], Path],
+) -> None:
+    dense = load(tiny, "llama")
+    views = perturbed_windows(TOKENS, dense.tokenizer, 1.0, 0)
+    before = gradient_differences(dense.model, TOKENS, views, CPU)
+    for block in decoder_blocks(dense.model).values():
+        block.get_submodule("mlp.up_proj").weight.data *= 8
+        block.get_submodule("mlp.down_proj").weight.data /= 8
+    assert gradient_differences(dense.model, TOKENS, views, CPU) == pytest.approx(before, rel=1e-4)
+
+
 def test_pip_removes_the_least_sensitive_block_and_measures_anew(tiny: Callable[[str], Path]) -> None:
     dense, shadow = load(tiny), load(tiny)
     reduced = reduce_model(dense, STRUCTURED["pip"], 0.6, TOKENS, CPU)
