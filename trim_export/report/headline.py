@@ -11,7 +11,7 @@ from typing import Any
 from trim_export.errors import UsageError
 from trim_export.report.words import megabytes
 
-__all__ = ["NOTHING", "Headline", "Measured", "headlines", "read_measured"]
+__all__ = ["NOTHING", "Headline", "Measured", "conditions", "headlines", "read_measured"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,21 @@ def headlines(manifest: dict[str, Any], measured: Measured = NOTHING) -> list[He
     if measured.quality is not None:
         lines += _quality(measured.quality)
     return lines
+
+
+def conditions(measured: Measured) -> list[str]:
+    """Sentences on where, with what and on which text it was measured."""
+    sentences = []
+    if measured.bench is not None:
+        about = measured.bench["machine"]
+        sentences.append(
+            f"Speed and memory: {about['cpu']} ({about['instructions']}), {about['device']}, {about['threads']} "
+            f"threads, torch {about['torch']}, median of {about['repeats']} interleaved rounds."
+        )
+    if measured.quality is not None and "data" in measured.quality:
+        tokens = max((score.get("tokens", 0) for score in measured.quality["tasks"].values()), default=0)
+        sentences.append(f"Perplexity and divergence: on {tokens:,} tokens of {measured.quality['data']}.")
+    return sentences
 
 
 def read_measured(bench: Path | None, quality: Path | None) -> Measured:

@@ -77,7 +77,9 @@ def test_the_card_repeats_measurements_and_their_machine(tmp_path: Path) -> None
         "run": {"recipe": {"layers": {"name": "owl"}, "rows": "trim", "counts": "exact", "samples": 1, "seed": 0,
                            "sequence_length": 2, "calibration": "c", "score": "wanda", "update": "admm"}},
     }  # fmt: skip
-    card = model_card(manifest, Measured(bench=BENCH))
+    quality = {"source": "a", "data": "t.txt", "tasks": {"perplexity": {"value": 9.0, "tokens": 2046}}}
+    card = model_card(manifest, Measured(bench=BENCH, quality=quality))
+    assert "Perplexity and divergence: on 2,046 tokens of t.txt." in card
     assert "| decode, tokens/s (b) | 10.0 (16.0 in bfloat16) | 20.0 | 2.00 x |" in card
     assert "Pip removed decoder blocks 3, 5 (20.0% of the parameters)." in card
     assert "2 threads" in card
