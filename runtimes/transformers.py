@@ -32,8 +32,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trim_export.artifact import CONFIG, INDEX, open_artifact, refuse_unfinished, verify_hashes
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix
 from trim_export.converters._checks import check_shape
-from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
 from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError, UsageError, choose, first_line
+from trim_export.format import FORMAT_VERSION, METHOD, guard
 from trim_export.memory import return_freed
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["BENCH"]
+__all__ = ["BENCH", "bench_row"]
 
 
 def bench_row(runtime: str, dtype: str, phase: str, speed: float, memory: int = 4_000_000) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -535,3 +536,32 @@ def test_evaluations_that_cannot_be_are_one_sentence(
     options: tuple[str, ...], message: str, artifact: tuple[Path, dict[str, Any]]
 ) -> None:
     assert message in sentence(run("eval", artifact[0], *options, check=2))
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (("prne",), "prune"),
+        (("inspect", "--htm", "x"), "--html"),
+        (("convert", "a", "--to", "onx", "-o", "b"), "onnx"),
+        (("convert", "a", "--to", "csv", "-o", "b"), "csr"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest_that_is_known(words: tuple[str, ...], nearest: str) -> None:
+    said = run(*words, check=2)
+    assert said.stdout == ""
+    assert nearest in said.stderr
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    """What the function that ``--install-completion`` installs asks for when the tab key is pressed."""
+    program = "import sys; sys.argv[0] = 'trim-export'; from trim_export.cli import app; app(prog_name='trim-export')"
+
+    def offered(line: str, place: int) -> set[str]:
+        asked = {"_TRIM_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert offered("trim-export re", 1) == {"recover"}
+    assert offered("trim-export inspect --h", 2) == {"--html", "--help"}

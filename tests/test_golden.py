@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from trim_export.artifact import open_artifact, verify_files
-from trim_export.converters.format import FORMAT_VERSION
+from trim_export.format import FORMAT_VERSION
 from trim_export.runtimes import available_runtimes, load
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,6 +9,8 @@
 
 While a run is under way there is `trim_journal.json` instead of a manifest: what was asked for and which shards are
 finished. A directory without manifest is unfinished and is refused.
+
+Torch is imported where a matrix is decoded, so that looking at an artifact does not wait for it.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from trim_export.converters import ENCODINGS, Encoding, SparseMatrix, require_finite
-from trim_export.converters.format import FORMAT_VERSION, METHOD
 from trim_export.errors import ArtifactError, choose
+from trim_export.format import FORMAT_VERSION, METHOD, STORED
 from trim_export.storage import read_json, safe_file, sha256_file, tensor_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trim_export.converters import Encoding, SparseMatrix
 
 __all__ = [
     "CONFIG",
@@ -70,6 +77,8 @@ class Artifact:
     @property
     def encoding(self) -> Encoding:
         """How the pruned matrices are stored."""
+        from trim_export.converters import ENCODINGS
+
         return choose("encoding", self.manifest["encoding"], ENCODINGS)
 
     @property
@@ -89,6 +98,8 @@ class Artifact:
         Raises:
             ArtifactError: naming file, module and reason.
         """
+        from trim_export.converters import require_finite
+
         file = safe_file(self.path, entry["file"])
         where = f"{file}: {name}"
         try:
@@ -108,6 +119,29 @@ class Artifact:
         if matrix.nnz != entry["nnz"]:
             raise ArtifactError(f"{where}: holds {matrix.nnz} weights, the manifest says {entry['nnz']}")
         return matrix
+
+    def row_counts(self, name: str, entry: dict[str, Any]) -> NDArray[np.int64]:
+        """Kept weights of each row of one pruned matrix, int64 ``[rows]``.
+
+        Of a bit mask the bits are counted, which takes a tenth of the time of decoding and needs no torch.
+
+        Raises:
+            ArtifactError: naming file, module and reason.
+        """
+        if self.manifest["encoding"] != STORED:
+            return self.matrix(name, entry).row_counts.numpy()
+        file, (rows, columns) = safe_file(self.path, entry["file"]), entry["shape"]
+        try:
+            with safe_open(file, "np") as shard:
+                mask = shard.get_tensor(f"{name}.weight_mask")
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file}: {name}: {error}") from error
+        if mask.dtype != np.uint8 or mask.shape != (rows, -(-columns // 8)):
+            raise ArtifactError(f"{file}: {name}: weight_mask is not the mask of {rows} x {columns} weights")
+        counts: NDArray[np.int64] = np.bitwise_count(mask).sum(axis=1, dtype=np.int64)
+        if counts.sum() != entry["nnz"]:
+            raise ArtifactError(f"{file}: {name}: holds {counts.sum()} weights, the manifest says {entry['nnz']}")
+        return counts
 
     def dense_tensors(self, file: str) -> dict[str, Tensor]:
         """The tensors of one shard that do not belong to a pruned matrix (norms, biases, embeddings)."""
@@ -251,8 +285,8 @@ def _why_unfinished(path: Path) -> str:
 def _check_form(file: Path, manifest: dict[str, Any]) -> None:
     """Fields and types that everything else relies on."""
     try:
-        if manifest["encoding"] not in ENCODINGS:
-            raise ValueError(f"unknown encoding {manifest['encoding']!r}")
+        if manifest["encoding"] != STORED:
+            _require_known(manifest["encoding"])
         sizes, sparsity = manifest["bytes"], manifest["sparsity"]
         numbers = sizes["artifact"], sizes["dense"], sparsity["target"], sparsity["achieved"]
         if not all(isinstance(number, int | float) for number in numbers):
@@ -277,3 +311,10 @@ def _check_form(file: Path, manifest: dict[str, Any]) -> None:
                 raise TypeError(f"module {name}: sparsities or cosines")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{file}: malformed ({type(error).__name__}: {error})") from error
+
+
+def _require_known(encoding: Any) -> None:
+    from trim_export.converters import ENCODINGS
+
+    if encoding not in ENCODINGS:
+        raise ValueError(f"unknown encoding {encoding!r}")

@@ -21,8 +21,8 @@ from torch import nn
 import trim_export
 from trim_export.artifact import INDEX, JOURNAL, MANIFEST, REST, Artifact, open_artifact
 from trim_export.converters import ENCODINGS, SparseMatrix
-from trim_export.converters.format import FORMAT_VERSION, METHOD, guard
 from trim_export.errors import ArtifactError, ModelError, UsageError
+from trim_export.format import FORMAT_VERSION, METHOD, STORED, guard
 from trim_export.models import DenseModel, dtype_name, projections, unique_tensors
 from trim_export.recipe import fingerprint, first_difference
 from trim_export.report import achieved, in_order, model_card
@@ -43,7 +43,7 @@ __all__ = [
     "write_unit",
 ]
 
-ENCODING = ENCODINGS["bitmap"]
+ENCODING = ENCODINGS[STORED]
 """What `prune` stores: one bit a weight for the mask, then the kept values."""
 
 

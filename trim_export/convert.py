@@ -16,8 +16,8 @@ from torch import Tensor
 from trim_export.artifact import INDEX, MANIFEST, REST, Artifact
 from trim_export.artifact_writer import achieved_sparsity, sparse_config, write_index, write_manifest
 from trim_export.converters import ENCODINGS, Bsr, Encoding, SparseMatrix, scipy
-from trim_export.converters.format import guard
 from trim_export.errors import UsageError, choose
+from trim_export.format import guard
 from trim_export.patterns import Blocks, parse_pattern
 from trim_export.progress import Track, silently
 from trim_export.storage import canonical_json, read_json, safe_file, write_bytes, write_tensors

@@ -10,13 +10,14 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from trim_export.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "SAFE_NAME",
@@ -72,11 +73,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically; tensors may live on any device."""
+    from safetensors.torch import save_file
+
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         try:
-            safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
+            save_file(whole, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             if "No space left" in str(error):  # the one error of the system that its users can do something about
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -33,8 +33,11 @@ def convert(
 ) -> None:
     """Rewrite an artifact in another encoding, as a dense model, as scipy files, or for ONNX Runtime."""
     from trim_export.artifact import open_artifact
+    from trim_export.convert import TARGETS
+    from trim_export.convert import convert as convert_artifact
     from trim_export.report import megabytes, table
 
+    choose("target", to, {**TARGETS, "onnx": None})
     only_onnx = {"--encoding": encoding, "--dtype": dtype, "--lm-head": lm_head, "--portable": portable or None}
     given = [name for name, value in only_onnx.items() if value is not None]
     if given and to != "onnx":
@@ -47,8 +50,6 @@ def convert(
             raise UsageError("--block belongs to --to bsr, not to onnx")
         result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head or "stored", portable)
     else:
-        from trim_export.convert import convert as convert_artifact
-
         result = convert_artifact(artifact, to, output, blocks, track)
     out.print(
         table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trim_export.report.headline import NOTHING, Measured, headlines
+from trim_export.report.headline import NOTHING, Measured, conditions, headlines
 from trim_export.report.words import method_sentence, recovery_sentence, structured_sentence
 
 __all__ = ["model_card"]
@@ -15,6 +15,7 @@ def model_card(manifest: dict[str, Any], measured: Measured = NOTHING) -> str:
     sparsity, removed = manifest["sparsity"], manifest["source"].get("structured")
     before = f"{structured_sentence(removed).capitalize()}. " if removed else ""
     after = f" Then recovered: {recovery_sentence(manifest['recovery'])}." if "recovery" in manifest else ""
+    measured_where = "".join(f"\n\n{sentence}" for sentence in conditions(measured))
     rows = "\n".join(
         f"| {line.what} | {line.dense} | {line.sparse} | {'' if line.ratio is None else f'{line.ratio:.2f} x'} |"
         for line in headlines(manifest, measured)
@@ -35,7 +36,7 @@ tags: [sparse, pruned, trim-export]
 
 {len(manifest["modules"])} matrices are pruned to {sparsity["achieved"]:.5f} (target {sparsity["target"]:g}) \
 and stored as {manifest["encoding"]}; everything else is dense.\
-{_conditions(measured)}
+{measured_where}
 
 ```python
 import trim_export.runtimes  # registers the loader
@@ -47,17 +48,3 @@ model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/DIRECTORY")
 `trim_manifest.json` holds every layer's sparsity and quality and the hash of every file; `trim-export check` verifies
 them.
 """
-
-
-def _conditions(measured: Measured) -> str:
-    """Where the measurements come from."""
-    sentences = []
-    if measured.bench is not None:
-        about = measured.bench["machine"]
-        sentences.append(
-            f"Speed and memory: {about['cpu']} ({about['instructions']}), {about['device']}, {about['threads']} "
-            f"threads, torch {about['torch']}, median of {about['repeats']} interleaved rounds."
-        )
-    if measured.quality is not None and "data" in measured.quality:
-        sentences.append(f"Perplexity and divergence: on {measured.quality['data']}.")
-    return "".join(f"\n\n{sentence}" for sentence in sentences)

@@ -29,6 +29,8 @@ __all__ = [
 WIDTH = 5.2
 """Inches; with letters of 10 points a phone shows them at about 8."""
 QUANTILES = 60
+USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The order in which a block of Llama's family computes them; others come after, by name."""
 DARK, MIDDLE, GREY = "#0b2545", "#3d7ea6", "#6b7280"
 SETTINGS: Any = {
     "font.size": 10,
@@ -102,8 +104,9 @@ def rows_figure(matrices: Sequence[MatrixRows]) -> str:
     """Heat map for each projection: decoder blocks from top to bottom, rows from the densest to the sparsest."""
     projections = _by_projection(matrices)
     lines = -(-len(projections) // 2)
-    figure = _figure(1.0 + 1.7 * lines)
-    axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
+    spare = 2 * lines > len(projections)  # then the colours are explained where no projection is
+    figure = _figure((0.4 if spare else 1.0) + 1.4 * lines)
+    axes = figure.subplots(lines, 2, squeeze=False).flatten()
     low = min(float(matrix.sparsities[0]) for found in projections.values() for matrix in found)
     high = max(float(matrix.sparsities[-1]) for found in projections.values() for matrix in found)
     places = np.linspace(0, 1, QUANTILES)
@@ -115,11 +118,16 @@ def rows_figure(matrices: Sequence[MatrixRows]) -> str:
         )  # fmt: skip
         axis.set_title(name)
         axis.set_ylabel("block" if place % 2 == 0 else "")
-        axis.tick_params(labelbottom=place >= len(projections) - 2)
-        axis.set_xlabel("rows, %" if place >= len(projections) - 2 else "")
-    for axis in axes[len(projections) :]:
-        axis.axis("off")
-    figure.colorbar(image, ax=list(axes), location="top", shrink=0.7, aspect=40, label="share of a row that is pruned")
+        lowest = place >= 2 * (lines - 1)
+        axis.tick_params(labelbottom=lowest, labelleft=place % 2 == 0)
+        axis.set_xlabel("rows, %" if lowest else "")
+    label = "share of a row that is pruned"
+    if spare:
+        axes[-1].axis("off")
+        place_of_bar = axes[-1].inset_axes((0.05, 0.45, 0.9, 0.12))
+        figure.colorbar(image, cax=place_of_bar, orientation="horizontal", label=label)
+    else:
+        figure.colorbar(image, ax=list(axes), location="top", shrink=0.7, aspect=40, label=label)
     return _svg(figure)
 
 
@@ -151,7 +159,7 @@ def runtimes_figure(bench: Mapping[str, Any]) -> str:
         ("prefill, tokens/s", "prefill", "tokens_per_s", 1.0),
         ("weights in memory, MB", "decode", "weight_bytes", 1e-6),
     ]
-    figure = _figure(0.6 + 0.32 * len(names) * len(panels) + 0.5 * len(panels))
+    figure = _figure(0.6 + 0.27 * len(names) * len(panels) + 0.5 * len(panels))
     for axis, (title, phase, field, unit) in zip(figure.subplots(len(panels), 1), panels, strict=True):
         values = {(row["runtime"], row["dtype"]): row[field] * unit for row in rows if row["phase"] == phase}
         shown = [name for name in names if name in values]
@@ -201,13 +209,14 @@ def _by_block(matrices: Sequence[MatrixRows]) -> dict[int, list[MatrixRows]]:
 
 
 def _by_projection(matrices: Sequence[MatrixRows]) -> dict[str, list[MatrixRows]]:
-    """Matrices of one kind together, called by the last part of their name where that says which."""
+    """Matrices of one kind together, called by the last part of their name where that says which, in `USUAL` order."""
     found: dict[str, list[MatrixRows]] = {}
     for matrix in matrices:
         if matrix.block is not None:
             found.setdefault(matrix.projection, []).append(matrix)
     short = [name.rpartition(".")[2] for name in found]
-    return found if len(set(short)) < len(short) else dict(zip(short, found.values(), strict=True))
+    named = found if len(set(short)) < len(short) else dict(zip(short, found.values(), strict=True))
+    return dict(sorted(named.items(), key=lambda item: USUAL.index(item[0]) if item[0] in USUAL else len(USUAL)))
 
 
 def _index(matrix: MatrixRows) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from trim_export.errors import UsageError
 from trim_export.report.words import megabytes
 
-__all__ = ["NOTHING", "Headline", "Measured", "headlines", "read_measured"]
+__all__ = ["NOTHING", "Headline", "Measured", "conditions", "headlines", "read_measured"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,22 @@ NOTHING = Measured()
 
 @dataclass(frozen=True)
 class Headline:
-    """One line of the table: what, in the dense model, in the sparse one, and the second divided by the first."""
+    """One line of the table: what, in the dense model, in the sparse one, and the second divided by the first.
+
+    Attributes:
+        more_is_better: as of tokens/s; of bytes and perplexity less is.
+    """
 
     what: str
     dense: str
     sparse: str
     ratio: float | None = None
+    more_is_better: bool = False
+
+    @property
+    def gained(self) -> bool:
+        """Whether pruning made this better."""
+        return self.ratio is not None and (self.ratio > 1 if self.more_is_better else self.ratio < 1)
 
 
 def headlines(manifest: dict[str, Any], measured: Measured = NOTHING) -> list[Headline]:
@@ -50,6 +60,21 @@ def headlines(manifest: dict[str, Any], measured: Measured = NOTHING) -> list[He
     if measured.quality is not None:
         lines += _quality(measured.quality)
     return lines
+
+
+def conditions(measured: Measured) -> list[str]:
+    """Sentences on where, with what and on which text it was measured."""
+    sentences = []
+    if measured.bench is not None:
+        about = measured.bench["machine"]
+        sentences.append(
+            f"Speed and memory: {about['cpu']} ({about['instructions']}), {about['device']}, {about['threads']} "
+            f"threads, torch {about['torch']}, median of {about['repeats']} interleaved rounds."
+        )
+    if measured.quality is not None and "data" in measured.quality:
+        tokens = max((score.get("tokens", 0) for score in measured.quality["tasks"].values()), default=0)
+        sentences.append(f"Perplexity and divergence: on {tokens:,} tokens of {measured.quality['data']}.")
+    return sentences
 
 
 def read_measured(bench: Path | None, quality: Path | None) -> Measured:
@@ -76,11 +101,15 @@ def _read(path: Path | None, command: str, fields: Sequence[str]) -> dict[str, A
 
 
 def _speed(rows: Sequence[dict[str, Any]]) -> list[Headline]:
-    """Memory and tokens per second of the sparse runtime that decodes fastest, and of the dense model."""
+    """Memory and tokens per second of the sparse runtime that decodes fastest, and of the dense model.
+
+    A head that was rounded for speed does not count: the quality beside it is that of the artifact as stored.
+    """
     batch = min((row["batch"] for row in rows), default=0)
     here = [row for row in rows if row["batch"] == batch]
     dense = [row for row in here if row["runtime"] == "dense"]
     decoded = [row for row in here if row["runtime"] != "dense" and row["phase"] == "decode"]
+    decoded = [row for row in decoded if not row["runtime"].endswith(" head")]
     if not dense or not decoded:
         return []
     best = max(decoded, key=lambda row: row["tokens_per_s"])
@@ -100,10 +129,11 @@ def _speed(rows: Sequence[dict[str, Any]]) -> list[Headline]:
                 f"{same['tokens_per_s']:.1f}" + (f" ({others})" if others else ""),
                 f"{row['tokens_per_s']:.1f}",
                 row["tokens_per_s"] / same["tokens_per_s"],
+                more_is_better=True,
             )
         )
     same = next((row for row in dense if row["dtype"] == best["dtype"]), dense[0])
-    for what, field in (("weights in memory", "weight_bytes"), ("peak memory of the process", "peak_memory_bytes")):
+    for what, field in (("weights in memory", "weight_bytes"), ("peak memory", "peak_memory_bytes")):
         ratio = best[field] / same[field]
         lines.append(Headline(f"{what} ({best['runtime']})", megabytes(same[field]), megabytes(best[field]), ratio))
     return lines

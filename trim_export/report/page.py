@@ -10,7 +10,7 @@ from typing import Any
 from trim_export.artifact import Artifact
 from trim_export.errors import EnvironmentLacks
 from trim_export.report import figures
-from trim_export.report.headline import NOTHING, Measured, headlines
+from trim_export.report.headline import NOTHING, Measured, conditions, headlines
 from trim_export.report.rows import MatrixRows, matrix_rows
 from trim_export.report.words import method_sentence, recovery_sentence, structured_sentence
 
@@ -40,6 +40,7 @@ def page(artifact: Artifact, measured: Measured = NOTHING) -> str:
         manifest=manifest,
         steps=_steps(manifest),
         headlines=headlines(manifest, measured),
+        conditions=conditions(measured),
         bench=measured.bench,
         quality=measured.quality,
         pictures={name: _embedded(svg) for name, svg in pictures(matrices, measured).items()},

@@ -36,10 +36,10 @@ class MatrixRows:
 
 
 def matrix_rows(artifact: Artifact) -> list[MatrixRows]:
-    """Read every matrix once, block by block."""
+    """Count every matrix, block by block."""
     found = []
     for name, entry in in_order(artifact.modules):
-        kept = artifact.matrix(name, entry).row_counts.numpy()
+        kept = artifact.row_counts(name, entry)
         sparsities = np.sort(1 - kept / entry["shape"][1])
         block = _block(entry["file"])
         found.append(MatrixRows(name, block, _projection(name, block), sparsities, gini(kept), entry))

@@ -82,8 +82,22 @@ def test_gradient_differences_are_those_of_two_separate_passes(tiny: Callable[[s
         for index, size in enumerate(sizes):
             begin = sum(sizes[:index])
             pairs = zip(*(side[begin : begin + size] for side in gradients), strict=True)
-            expected[index] += sum((a - b).double().square().sum() for a, b in pairs).sqrt() / len(TOKENS)
+            weights = blocks[index].parameters()
+            sizes_of = [(w * (a - b)).double().abs().sum() for w, (a, b) in zip(weights, pairs, strict=True)]
+            expected[index] += sum(sizes_of) / len(TOKENS)
     assert found == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_the_size_of_a_difference_is_that_of_the_function_not_of_how_its_matrices_are_scaled(
+    tiny: Callable[[str], Path],
+) -> None:
+    dense = load(tiny, "llama")
+    views = perturbed_windows(TOKENS, dense.tokenizer, 1.0, 0)
+    before = gradient_differences(dense.model, TOKENS, views, CPU)
+    for block in decoder_blocks(dense.model).values():
+        block.get_submodule("mlp.up_proj").weight.data *= 8
+        block.get_submodule("mlp.down_proj").weight.data /= 8
+    assert gradient_differences(dense.model, TOKENS, views, CPU) == pytest.approx(before, rel=1e-4)
 
 
 def test_pip_removes_the_least_sensitive_block_and_measures_anew(tiny: Callable[[str], Path]) -> None:

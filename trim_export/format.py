@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "METHOD", "guard"]
+__all__ = ["FORMAT_VERSION", "METHOD", "STORED", "guard"]
 
 METHOD = "trim-sparse"
 """The `quant_method` in config.json by which transformers finds our loader."""
 
 FORMAT_VERSION = 1
 """The newest layout of an artifact that this version writes and reads."""
+
+STORED = "bitmap"
+"""The encoding in which pruning stores its matrices; `convert` makes others of it."""
 
 
 def guard(modules: Sequence[str]) -> dict[str, Tensor]:
@@ -22,4 +26,6 @@ def guard(modules: Sequence[str]) -> dict[str, Tensor]:
     A transformers that does not know our format skips it with a warning and fills the pruned matrices with random
     numbers. A tensor of the wrong shape it refuses. Our own loader passes over this one.
     """
+    import torch
+
     return {f"{min(modules)}.weight": torch.zeros(0)} if modules else {}
