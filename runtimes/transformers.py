@@ -25,7 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -198,6 +202,9 @@ def _reading(root: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file is answered with nearly any exception
         raise ArtifactError(f"{root}: cannot be loaded ({first_line(error)})") from error
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # the place that `trim_export.autoload` has kept
 
 
 @register_quantization_config(METHOD)
