@@ -17,6 +17,7 @@ from test_cli import run, sentence
 from tiny_models import EXPORTABLE
 
 from trim_export.artifact import Artifact
+from trim_export.errors import ArtifactError
 from trim_export.runtimes import load
 from trim_export.runtimes.onnxruntime import LIBRARY, operator_library
 
@@ -211,6 +212,41 @@ def test_damage_is_one_sentence(
         (folder / file).write_bytes(damage((folder / file).read_bytes()))
     failed = run("generate", folder, "--prompt", "abc", check=2)
     assert reason in sentence(failed)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        ("model.onnx.data", lambda data: bytes([data[0] ^ 1]) + data[1:], "sha256 differs"),
+        ("model.onnx", lambda data: data + b"\0", "bytes, the manifest says"),
+        ("genai_config.json", None, "missing"),
+        ("other.onnx", lambda _: b"", "does not list it"),
+        ("trim_onnx.json", lambda _: b"{}", "malformed"),
+        ("trim_onnx.json", None, "no trim_onnx.json"),
+    ],
+)
+def test_hashes_at_load_and_check_find_what_changed(
+    file: str, change: Callable[[bytes], bytes] | None, reason: str, exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(exported("llama-16", "--portable"), folder)
+    assert "its files are intact" in run("check", folder).stdout
+    load(folder, check_hashes=True)
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(change((folder / file).read_bytes() if (folder / file).exists() else b""))
+    with pytest.raises(ArtifactError, match=reason):
+        load(folder, check_hashes=True)
+    assert reason in sentence(run("check", folder, check=1))
+
+
+def test_the_same_artifact_gives_the_same_onnx_bytes(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    run("convert", pruned("llama-16").path, "--to", "onnx", "-o", tmp_path / "again")
+    for file in sorted(exported("llama-16").iterdir()):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @needs_operators

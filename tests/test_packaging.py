@@ -177,9 +177,7 @@ def test_it_is_refused_if_that_is_not_wished(
 ) -> None:
     convert(pruned("llama"), "dense", tmp_path / "dense")
     name = Path("AutoModelForCausalLM")
-    done = with_wheel(
-        unpacked, STRANGER, pruned("llama").path, tmp_path / "dense", name, TRIM_EXPORT_AUTOLOAD=switch
-    )
+    done = with_wheel(unpacked, STRANGER, pruned("llama").path, tmp_path / "dense", name, TRIM_EXPORT_AUTOLOAD=switch)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.strip().endswith("refused")
     assert "size mismatch" in done.stderr
