@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -13,14 +14,31 @@ from trim_export.converters import SparseMatrix
 from trim_export.converters.int8 import quantize_rows
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes import Layout
-from trim_export.runtimes.native import NativeLinear, NativeMatrix, lay_out
+from trim_export.runtimes.native import NativeLinear, NativeMatrix, Preference, lay_out
 from trim_export.runtimes.native.library import isa, library, select_isa
 
-__all__ = ["CPU", "STORED", "available", "laid_out", "layer", "needs_library", "random_matrix"]
+__all__ = [
+    "ALL_FORMS",
+    "BITMAP",
+    "CPU",
+    "LISTS",
+    "SLOTS",
+    "STORED",
+    "available",
+    "laid_out",
+    "layer",
+    "needs_library",
+    "random_matrix",
+]
 
 needs_library = pytest.mark.skipif(library() is None, reason="installed without the library")
 CPU = Layout(torch.device("cpu"))
 STORED = (*DTYPES, torch.int8)
+
+BITMAP = Preference(-1.0, math.inf)
+LISTS = Preference(1.0, math.inf)
+SLOTS = Preference(1.0, 0.0)  # with lists only where even more slots would save none
+ALL_FORMS = Preference(0.3, 3.0)
 
 
 def available() -> list[str]:
@@ -44,16 +62,16 @@ def random_matrix(rows: int, columns: int, density: float = 0.3, seed: int = 0) 
     return SparseMatrix(mask, torch.randn(int(mask.sum()), generator=generator))
 
 
-def laid_out(matrix: SparseMatrix, stored: torch.dtype, lists: float) -> NativeMatrix:
-    """Rows of at most ``lists`` as lists: with 0 only empty ones, with 1 all."""
+def laid_out(matrix: SparseMatrix, stored: torch.dtype, form: Preference) -> NativeMatrix:
+    """A random matrix in some form, with values of some dtype."""
     if stored == torch.int8:
-        return lay_out(*quantize_rows(matrix), lists)
-    return lay_out(SparseMatrix(matrix.mask, matrix.values.to(stored)), None, lists)
+        return lay_out(*quantize_rows(matrix), form)
+    return lay_out(SparseMatrix(matrix.mask, matrix.values.to(stored)), None, form)
 
 
 def layer(matrix: SparseMatrix, stored: torch.dtype = torch.float32, bias: Tensor | None = None) -> NativeLinear:
     """Made as a runtime makes it, with some rows in either form."""
-    with mock.patch("trim_export.runtimes.native.linear.list_density", return_value=0.3):
+    with mock.patch("trim_export.runtimes.native.linear.preference", return_value=ALL_FORMS):
         if stored == torch.int8:
             quantized, scales = quantize_rows(matrix)
             return NativeLinear(quantized, bias, CPU, scales)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import start
 from onnx_graphs import needs_operators
 from test_cli import run, sentence
 from tiny_models import EXPORTABLE
@@ -241,12 +245,37 @@ def test_hashes_at_load_and_check_find_what_changed(
     assert reason in sentence(run("check", folder, check=1))
 
 
-def test_the_same_artifact_gives_the_same_onnx_bytes(
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_export_leaves_no_process_and_the_next_one_gives_the_same_bytes(
     exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
 ) -> None:
-    run("convert", pruned("llama-16").path, "--to", "onnx", "-o", tmp_path / "again")
+    words = ["convert", str(pruned("llama-16").path), "--to", "onnx", "-o", str(tmp_path / "out")]
+    staging = str(tmp_path / ".out.partial").encode()
+    process = start(words, tmp_path / "log")
+    while process.exitcode is None and not mentioning(staging):
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    for _ in range(200):
+        if not mentioning(staging):
+            break
+        time.sleep(0.05)
+    assert not mentioning(staging)
+    assert not (tmp_path / "out").exists()
+    run(*words)
     for file in sorted(exported("llama-16").iterdir()):
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def mentioning(words: bytes) -> list[str]:
+    """Processes whose command line has these words."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end in the meantime
+            if words in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
 
 
 @needs_operators

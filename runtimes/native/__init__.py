@@ -4,7 +4,7 @@ from trim_export.runtimes.native.dense import DenseLinear, QuantizedEmbedding, Q
 from trim_export.runtimes.native.fused import FusedLinear, fuse
 from trim_export.runtimes.native.head import quantize_head
 from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, sparse_linear
-from trim_export.runtimes.native.matrix import NativeMatrix, lay_out
+from trim_export.runtimes.native.matrix import NativeMatrix, Preference, lay_out
 from trim_export.runtimes.native.runtime import NativeRuntime
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "NativeLinear",
     "NativeMatrix",
     "NativeRuntime",
+    "Preference",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "fuse",

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "table.h"
 
 namespace trim {
 namespace {
@@ -94,27 +94,50 @@ struct Avx512 {
     static TRIM_INLINE float total(const Sum& sum) { return total(_mm512_add_ps(sum.even, sum.odd)); }
     static TRIM_INLINE float total(Vector vector) { return _mm512_reduce_add_ps(vector); }
 
-    // Eight rows at one step in the lower half, at the next in the upper one.
-    struct ListSums { Vector steps; };
+    // Eight rows at one slot or step in the lower half, at the next in the upper one.
+    struct BlockSums { Vector pairs[kRowSlots / 2]; };
+
+    // A whole window of inputs is one register, and a lane's lowest four bits say which of them it gets.
+    template <typename Value>
+    static TRIM_INLINE void add_slots(const std::uint8_t* columns, const Value* values, const float* window,
+                                      BlockSums& sums) {
+        const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+        // Four rows of each slot, and the other four.
+        const Vector x = load(window), low = _mm512_permutexvar_ps(places, x);
+        const Vector high = _mm512_permutexvar_ps(_mm512_srli_epi32(places, 4), x);
+        add_pair(_mm512_shuffle_f32x4(low, high, 0x44), values, sums.pairs[0]);
+        add_pair(_mm512_shuffle_f32x4(low, high, 0xee), values + 2 * kBlockRows, sums.pairs[1]);
+    }
 
     template <typename Value>
     static TRIM_INLINE void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x,
-                                          ListSums& sums) {
+                                          BlockSums& sums) {
         const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
         const Vector found = _mm512_i32gather_ps(_mm512_cvtepu16_epi32(both), x, sizeof(float));
-        sums.steps = multiply_add(widen(values), found, sums.steps);
+        sums.pairs[0] = multiply_add(widen(values), found, sums.pairs[0]);
     }
-    static TRIM_INLINE void store_rows(const ListSums& sums, float* rows) {
-        float steps[kLanes];
-        store(steps, sums.steps);
-        for (std::int64_t i = 0; i < kListRows; ++i) rows[i] = steps[i] + steps[kListRows + i];
+    static TRIM_INLINE void store_rows(const BlockSums& sums, float* rows) {
+        float both[kLanes];
+        store(both, add(sums.pairs[0], sums.pairs[1]));
+        for (std::int64_t i = 0; i < kBlockRows; ++i) rows[i] = both[i] + both[kBlockRows + i];
     }
+
+    // Never: bitmaps are smaller, and expanding them costs one instruction.
+    static constexpr double step_cost(std::size_t) { return __builtin_inf(); }
+
+    static constexpr auto arrange_windows = arrange_windows_plainly;
 
     template <typename Value>
     static constexpr auto arrangement(const Value*) { return arrange_plainly; }
     static constexpr auto arrangement(const BFloat16*) { return arrange_even_odd; }
 
   private:
+    // Inputs of two slots: the first four rows of both, then the others.
+    template <typename Value>
+    static TRIM_INLINE void add_pair(Vector inputs, const Value* values, Vector& sum) {
+        sum = multiply_add(widen(values), _mm512_shuffle_f32x4(inputs, inputs, 0xd8), sum);
+    }
+
     static TRIM_INLINE Vector widen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 
     // The lower or upper half of a word: packed 16-bit values to where their bits are, zeros elsewhere.

@@ -71,6 +71,16 @@ bool rises(const std::int64_t* starts, std::int64_t count, std::int64_t end) {
     return true;
 }
 
+// Whether every window of a block has as many steps, and none too many.
+bool are_slots(const Matrix& matrix, std::int64_t steps) {
+    if (!rises(matrix.slot_start, matrix.blocks, steps)) return false;
+    for (std::int64_t block = 0; block < matrix.blocks; ++block) {
+        const std::int64_t of_block = matrix.slot_start[block + 1] - matrix.slot_start[block];
+        if (of_block % matrix.windows || of_block / matrix.windows > kMostSteps) return false;
+    }
+    return true;
+}
+
 bool is_matrix(std::int64_t rows, std::int64_t columns, std::int32_t value_type) {
     return rows >= 1 && columns >= 1 && rows <= kMostRows && columns <= kMostRows && value_type >= TRIM_NATIVE_F32 &&
            value_type <= TRIM_NATIVE_I8;
@@ -86,14 +96,19 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         given.bitmap_rows > given.rows || (given.bitmap_rows < given.rows && given.bitmap_rows % kGroupRows)) {
         return TRIM_NATIVE_NO_MATRIX;
     }
-    matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns), given.order,
-              divide_up(given.bitmap_rows, kGroupRows), given.mask, given.group_start, given.values,
-              divide_up(given.rows - given.bitmap_rows, kListRows), given.list_start, given.list_columns,
-              given.list_values, given.scales};
+    matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns),
+              divide_up(given.columns, kWindowColumns), given.order, divide_up(given.bitmap_rows, kGroupRows), given.mask,
+              given.group_start, given.values, divide_up(given.rows - given.bitmap_rows, kBlockRows), given.slot_start,
+              given.slot_columns, given.slot_values, given.list_start, given.list_columns, given.list_values,
+              given.scales};
     const std::int64_t value_bytes = kValueBytes[given.value_type];
     if (!fits(given.order, given.order_size, matrix.rows, 4) ||
         !fits(given.mask, given.mask_size, matrix.groups * matrix.words * kGroupRows, 8) ||
         !fits(given.group_start, given.group_start_size, matrix.groups + 1, 8) ||
+        !fits(given.slot_start, given.slot_start_size, given.slot_start == nullptr ? 0 : matrix.blocks + 1, 8) ||
+        !fits(given.slot_columns, given.slot_columns_size, given.slot_columns_size / kStepBytes * kStepBytes, 1) ||
+        !fits(given.slot_values, given.slot_values_size,
+              given.slot_columns_size / kStepBytes * kStepSlots, value_bytes) ||
         !fits(given.list_start, given.list_start_size, matrix.blocks + 1, 8) ||
         given.values_size < TRIM_NATIVE_TAIL || !aligned(given.values, value_bytes) ||
         !fits(given.list_columns, given.list_columns_size, given.list_columns_size, 2) ||
@@ -105,11 +120,13 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
     }
     if (!rises(matrix.group_start, matrix.groups, given.values_size - TRIM_NATIVE_TAIL)) return TRIM_NATIVE_BAD_MASK;
+    const std::int64_t steps = given.slot_columns_size / kStepBytes;
+    if (given.slot_start == nullptr ? steps != 0 : !are_slots(matrix, steps)) return TRIM_NATIVE_BAD_MASK;
     if (!rises(matrix.list_start, matrix.blocks, given.list_columns_size)) return TRIM_NATIVE_BAD_MASK;
     for (std::int64_t block = 0; block < matrix.blocks; ++block) {
-        if (matrix.list_start[block] % (2 * kListRows)) return TRIM_NATIVE_BAD_MASK;
+        if (matrix.list_start[block] % (2 * kBlockRows)) return TRIM_NATIVE_BAD_MASK;
     }
-    return given.list_columns_size % (2 * kListRows) ? TRIM_NATIVE_BAD_MASK : TRIM_NATIVE_OK;
+    return given.list_columns_size % (2 * kBlockRows) ? TRIM_NATIVE_BAD_MASK : TRIM_NATIVE_OK;
 }
 
 // ---- threads ----------------------------------------------------------------------------------------------------
@@ -118,16 +135,17 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
 // waking a sleeping thread was seen to take.
 constexpr std::int32_t kLeastShare = 150000;
 
-// What a weight of a bitmap costs, in listed weights: each column, kept or not, and each kept one besides.
-struct Cost { double column, kept; };
-constexpr Cost kDecodeCost = {0.3, 0.1};
-constexpr Cost kBatchCost = {0.05, 1.0};
+// What there is to do costs, in listed weights: of a bitmap each column, kept or not, and each kept one besides; each step
+// of slots.
+struct Cost { double column, kept, step; };
+constexpr Cost kDecodeCost = {0.3, 0.1, 12};
+constexpr Cost kBatchCost = {0.05, 1.0, 24};
 
 // The groups and blocks of a matrix, in this order, divided among threads.
 class Shares {
   public:
     Shares(const Matrix& matrix, Cost cost, double tokens, const TrimNativePool& pool)
-        : matrix_(matrix), kept_(cost.kept), group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
+        : matrix_(matrix), kept_(cost.kept), step_(cost.step), group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
           units_(matrix.groups + matrix.blocks), count_(thread_count(total() * tokens, pool)) {}
 
     static std::int32_t thread_count(double cost, const TrimNativePool& pool) {
@@ -150,7 +168,10 @@ class Shares {
     double cost_before(std::int64_t unit) const {
         const std::int64_t group = unit < matrix_.groups ? unit : matrix_.groups;
         return kept_ * static_cast<double>(matrix_.group_start[group]) + group_ * static_cast<double>(group) +
-               static_cast<double>(matrix_.list_start[unit - group]);
+               static_cast<double>(matrix_.list_start[unit - group]) + step_ * static_cast<double>(steps_before(unit - group));
+    }
+    std::int64_t steps_before(std::int64_t block) const {
+        return matrix_.slot_start == nullptr ? 0 : matrix_.slot_start[block];
     }
     double total() const { return cost_before(units_); }
 
@@ -170,7 +191,7 @@ class Shares {
     }
 
     const Matrix& matrix_;
-    double kept_, group_;
+    double kept_, step_, group_;
     std::int64_t units_;
     std::int32_t count_;
 };
@@ -230,25 +251,48 @@ float* reserve(std::int64_t count) {
 
 std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// ---- one token --------------------------------------------------------------------------------------------------
+// ---- a few tokens -----------------------------------------------------------------------------------------------
 
-std::int32_t multiply_one(const Matrix& matrix, const Decode& kernel, const float* inputs, float* outputs,
+// Tokens up to which it is faster to multiply them one by one, a group or block of rows at a time.
+constexpr std::int64_t kFewTokens = 4;
+
+std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const float* inputs, std::int64_t tokens,
+                          std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                           const TrimNativePool& pool) {
     const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
-    const std::int64_t list_floats = matrix.blocks ? kListInputs : 0;
-    float* const arranged = reserve(bitmap_floats + list_floats);
-    if (arranged == nullptr) return TRIM_NATIVE_NO_MEMORY;
-    float* const plain = arranged + bitmap_floats;
-    if (matrix.groups) kernel.arrange(inputs, matrix, arranged);
-    if (matrix.blocks) {
-        const std::int64_t known = matrix.columns < kListInputs ? matrix.columns : kListInputs;
-        std::memcpy(plain, inputs, static_cast<std::size_t>(known) * sizeof(float));
+    const std::int64_t slot_floats = matrix.blocks && matrix.slot_start ? matrix.windows * kWindowColumns : 0;
+    const std::int64_t list_floats = matrix.blocks ? kListInputs : 0, all = bitmap_floats + slot_floats + list_floats;
+    float* const memory = reserve(all * tokens);
+    if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        const float* const x = inputs + t * input_stride;
+        float* const arranged = memory + t * all;
+        if (bitmap_floats) kernel.for_bitmap(x, matrix, arranged);
+        if (slot_floats) kernel.for_slots(x, matrix, arranged + bitmap_floats);
+        if (list_floats) {
+            const std::int64_t known = matrix.columns < kListInputs ? matrix.columns : kListInputs;
+            std::memcpy(arranged + bitmap_floats + slot_floats, x, static_cast<std::size_t>(known) * sizeof(float));
+        }
+        std::memset(outputs + t * output_stride, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
     }
-    std::memset(outputs, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
-    const Shares shares(matrix, kDecodeCost, 1, pool);
+    const auto multiply = [&](Span groups, Span blocks, std::int64_t t) {
+        const float* const arranged = memory + t * all;
+        float* const y = outputs + t * output_stride;
+        kernel.blocks(matrix, blocks, arranged + bitmap_floats, arranged + bitmap_floats + slot_floats, y);
+        return kernel.bitmap(matrix, groups, arranged, y);
+    };
+    const Shares shares(matrix, kDecodeCost, static_cast<double>(tokens), pool);
     const bool good = run(pool, shares.count(), [&](std::int32_t share) {
-        kernel.lists(matrix, shares.blocks(share), plain, outputs);
-        return kernel.bitmap(matrix, shares.groups(share), arranged, outputs);
+        const Span groups = shares.groups(share), blocks = shares.blocks(share);
+        if (tokens == 1) return multiply(groups, blocks, 0);
+        bool all_good = true;
+        for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
+            for (std::int64_t t = 0; t < tokens; ++t) multiply({0, 0}, {block, block + 1}, t);
+        }
+        for (std::int64_t group = groups.first; group < groups.last; ++group) {
+            for (std::int64_t t = 0; t < tokens; ++t) all_good = multiply({group, group + 1}, {0, 0}, t) && all_good;
+        }
+        return all_good;
     });
     return good ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK;
 }
@@ -344,7 +388,7 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     const bool good = run(pool, count, [&](std::int32_t share) {
         void* const tile = tiles + tile_bytes * static_cast<std::size_t>(share);
         return kernel.bitmap(matrix, shares.groups(share), packed_inputs, packed_outputs, vectors, tile) &&
-               kernel.lists(matrix, shares.blocks(share), packed_inputs, packed_outputs, vectors, tile);
+               kernel.blocks(matrix, shares.blocks(share), packed_inputs, packed_outputs, vectors, tile);
     });
     if (!good) return TRIM_NATIVE_BAD_MASK;
     const std::int32_t unpackers = packing_threads(tokens * matrix.rows, pool);
@@ -382,7 +426,10 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
-    if (tokens == 1) return multiply_one(checked, kernels.decode[matrix->value_type], inputs, outputs, *pool);
+    if (tokens <= kFewTokens) {
+        return multiply_few(checked, kernels.decode[matrix->value_type], inputs, tokens, input_stride, outputs,
+                            output_stride, *pool);
+    }
     for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
         const std::int64_t some = first + kChunkTokens < tokens ? kChunkTokens : tokens - first;
         const std::int32_t status =
@@ -432,6 +479,12 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
         return true;
     });
     return TRIM_NATIVE_OK;
+}
+
+double trim_native_step_cost(std::int32_t value_type) {
+    const bool known = value_type >= TRIM_NATIVE_F32 && value_type <= TRIM_NATIVE_I8;
+    return known ? trim::kernels_in_use.load(std::memory_order_relaxed)->step_cost[value_type]
+                 : std::numeric_limits<double>::infinity();
 }
 
 const char* trim_native_isa() { return trim::kernels_in_use.load(std::memory_order_relaxed)->name; }

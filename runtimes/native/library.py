@@ -51,6 +51,12 @@ def library() -> ctypes.CDLL | None:
     found.trim_native_linear.restype = number
     found.trim_native_dense.argtypes = [array, array, size, array, size, number]
     found.trim_native_dense.restype = number
+    found.trim_native_plan.argtypes = [array, ctypes.c_double, array, array, size]
+    found.trim_native_plan.restype = number
+    found.trim_native_lay_out.argtypes = [array, array, array, size, array, array, array, array]
+    found.trim_native_lay_out.restype = number
+    found.trim_native_step_cost.argtypes = [number]
+    found.trim_native_step_cost.restype = ctypes.c_double
     found.trim_native_isa.argtypes = []
     found.trim_native_isa.restype = ctypes.c_char_p
     found.trim_native_select_isa.argtypes = [ctypes.c_char_p]

@@ -15,7 +15,7 @@ from trim_export.runtimes.linear import Layout, SparseLinear
 from trim_export.runtimes.native.dense import dense_product
 from trim_export.runtimes.native.library import is_traced
 from trim_export.runtimes.native.matrix import NativeMatrix, lay_out
-from trim_export.runtimes.native.policy import list_density
+from trim_export.runtimes.native.policy import preference
 
 __all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "sparse_linear"]
 
@@ -28,6 +28,9 @@ def sparse_linear(
     mask: Tensor,
     group_start: Tensor,
     values: Tensor,
+    slot_start: Tensor,
+    slot_columns: Tensor,
+    slot_values: Tensor,
     list_start: Tensor,
     list_columns: Tensor,
     list_values: Tensor,
@@ -36,7 +39,19 @@ def sparse_linear(
     """`NativeMatrix.multiply` on as many threads as torch uses; has no gradient. What graphs are made of."""
     columns = inputs.shape[-1]
     matrix = NativeMatrix(
-        columns, order, counts, mask, group_start, values, list_start, list_columns, list_values, scales
+        columns,
+        order,
+        counts,
+        mask,
+        group_start,
+        values,
+        slot_start,
+        slot_columns,
+        slot_values,
+        list_start,
+        list_columns,
+        list_values,
+        scales,
     )
     return matrix.multiply(inputs, torch.get_num_threads())
 
@@ -60,7 +75,7 @@ class NativeWeights(nn.Module):
 
     def __init__(self, matrix: SparseMatrix, scales: Tensor | None) -> None:
         super().__init__()
-        ready = lay_out(matrix, scales, list_density(matrix.values.dtype))
+        ready = lay_out(matrix, scales, preference(matrix.values.dtype))
         self.columns = ready.columns
         self.parts = tuple(ready.tensors())
         for name, tensor in ready.tensors().items():

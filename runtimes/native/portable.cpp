@@ -1,6 +1,6 @@
 // Plain C++, for every processor; also the definition of what an instruction set has to offer.
 
-#include "kernels.h"
+#include "table.h"
 
 namespace trim {
 namespace {
@@ -63,17 +63,36 @@ struct Portable {
         return all;
     }
 
-    // Sums of eight rows so far, and how two steps of their lists are added.
-    struct ListSums { Vector even, odd; };
+    // Sums of eight rows so far, and how a step of their slots and two steps of their lists are added. The columns of
+    // slot q are bytes 4 q .. 4 q + 3, of the first four rows the lower halves and of the others the upper ones.
+    struct BlockSums { Vector slots[kRowSlots]; };
 
     template <typename Value>
-    static void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x, ListSums& sums) {
-        for (std::int64_t i = 0; i < kListRows; ++i) {
-            sums.even.lanes[i] += widen_one(values[i]) * x[columns[i]];
-            sums.odd.lanes[i] += widen_one(values[kListRows + i]) * x[columns[kListRows + i]];
+    static void add_slots(const std::uint8_t* columns, const Value* values, const float* window, BlockSums& sums) {
+        for (std::int64_t q = 0; q < kRowSlots; ++q, columns += 4, values += kBlockRows) {
+            for (std::int64_t i = 0; i < kBlockRows; ++i) {
+                const int column = i < 4 ? columns[i] & 15 : columns[i - 4] >> 4;
+                sums.slots[q].lanes[i] += widen_one(values[i]) * window[column];
+            }
         }
     }
-    static void store_rows(const ListSums& sums, float* rows) { store(rows, add(sums.even, sums.odd)); }
+
+    template <typename Value>
+    static void add_two_steps(const std::uint16_t* columns, const Value* values, const float* x, BlockSums& sums) {
+        for (std::int64_t i = 0; i < kBlockRows; ++i) {
+            sums.slots[0].lanes[i] += widen_one(values[i]) * x[columns[i]];
+            sums.slots[1].lanes[i] += widen_one(values[kBlockRows + i]) * x[columns[kBlockRows + i]];
+        }
+    }
+    static void store_rows(const BlockSums& sums, float* rows) {
+        store(rows, add(add(sums.slots[0], sums.slots[1]), add(sums.slots[2], sums.slots[3])));
+    }
+
+    // Never: lists are as fast without a register to look inputs up in.
+    static constexpr double step_cost(std::size_t) { return __builtin_inf(); }
+
+    // How inputs are laid out for `add_slots`.
+    static constexpr auto arrange_windows = arrange_windows_plainly;
 
     // How inputs are laid out for `add_products` with values of this type.
     template <typename Value>

@@ -12,16 +12,24 @@
 //     values  | kept of row 0 | of row 1 | ...                          as many as the mask has bits, without gaps
 //              group 0                                            group 1 follows, and so on
 //
-// Rows that fill up the last group, and columns that fill up the last word, have no bits. The other rows, which keep so
-// few weights that going through all columns would take longer than looking each kept one up, are stored as lists of
-// columns, in blocks of eight rows:
+// Rows that fill up the last group, and columns that fill up the last word, have no bits. The other rows stand in blocks
+// of eight, each weight either in a slot or in a list. Slots are places that every row of a block has in every window of
+// sixteen columns, four with each step; a block may have none to four steps for each of its windows. Columns of slots
+// are numbers within their window, four bits each:
+//
+//              step 0: slots 0 of all rows, then slots 1, 2, 3                      step 1 of the window, if any
+//     columns | rows 0, 4 | rows 1, 5 | rows 2, 6 | rows 3, 7 | rows 0, 4 | ...    16 bytes; the first row is the lower half
+//     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...                  32 values
+//
+// A row fills its slots in the order of its columns; in those that are left it repeats the last column, with values of
+// zero (columns 1, 0, 0, ... where it keeps nothing in a window). What does not fit is listed:
 //
 //              step 0                        step 1
 //     columns | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       rising in each row; 16 bits
 //     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...
 //              block 0                                            block 1 follows, and so on
 //
-// A block has an even number of steps; a row that is shorter repeats its last column with values of zero.
+// A list has an even number of steps; a row that is shorter repeats its last column with values of zero.
 #pragma once
 
 #include <stdint.h>
@@ -63,7 +71,13 @@ typedef struct TrimNativeMatrix {
     int64_t group_start_size;
     const void* values;         // [group_start[groups]] and the tail
     int64_t values_size;        // the tail included
-    const int64_t* list_start;  // [blocks + 1]: where each block begins, with blocks = ceil((rows - bitmap_rows) / 8)
+    const int64_t* slot_start;  // [blocks + 1]: steps before each block, with blocks = ceil((rows - bitmap_rows) / 8);
+    int64_t slot_start_size;    // or null: no block has slots
+    const uint8_t* slot_columns; // [slot_start[blocks] * 16]
+    int64_t slot_columns_size;
+    const void* slot_values;    // [slot_start[blocks] * 32]
+    int64_t slot_values_size;
+    const int64_t* list_start;  // [blocks + 1]: where the list of each block begins
     int64_t list_start_size;
     const uint16_t* list_columns; // [list_start[blocks]]
     int64_t list_columns_size;
@@ -97,8 +111,8 @@ typedef struct TrimNativePool {
 //
 //     inputs  [tokens, columns], rows `input_stride` apart      outputs [tokens, rows], rows `output_stride` apart
 //
-// The result has the same bits for any number of threads, and for two or more tokens does not depend on how many
-// there are. On an error status outputs hold nothing of use.
+// The result has the same bits for any number of threads. It does not depend on how many tokens there are either, but
+// that a few are multiplied one by one, and more of them together. On an error status outputs hold nothing of use.
 TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);
@@ -115,6 +129,36 @@ TRIM_NATIVE_API int32_t trim_native_dense(const TrimNativeDense* matrix, const f
 TRIM_NATIVE_API int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDense* matrix,
                                              const float* inputs, int64_t inputs_size, float* outputs,
                                              int64_t outputs_size);
+
+// Rows that are to become blocks.
+typedef struct TrimNativeRows {
+    int64_t rows, columns;     // of the matrix W, below 2^31
+    const uint8_t* mask;       // [rows, columns]: 1 where a weight is kept, else 0
+    int64_t mask_size;
+    const int64_t* row_start;  // [rows + 1]: where each row begins in the values
+    int64_t row_start_size;
+    const void* values;        // [row_start[rows]]
+    int64_t values_size;
+    const int32_t* order;      // [order_size]: the rows in question, in the order of the blocks
+    int64_t order_size;
+    int32_t value_type;
+} TrimNativeRows;
+
+// How many steps of slots each block should have: where its slots and its list then begin. `step_cost` is what a step
+// costs, in listed weights; a row of more columns than a list can name is all slots.
+//
+//     slot_start, list_start  [blocks + 1], as in `TrimNativeMatrix`
+TRIM_NATIVE_API int32_t trim_native_plan(const TrimNativeRows* rows, double step_cost, int64_t* slot_start,
+                                         int64_t* list_start, int64_t starts_size);
+
+// Fills blocks for which there was a plan; their arrays are zeros beforehand, and of the sizes that the starts say.
+TRIM_NATIVE_API int32_t trim_native_lay_out(const TrimNativeRows* rows, const int64_t* slot_start,
+                                            const int64_t* list_start, int64_t starts_size, uint8_t* slot_columns,
+                                            void* slot_values, uint16_t* list_columns, void* list_values);
+
+// What a step of slots with values of a type costs with the instruction set in use, in listed weights; infinite where
+// there is no such type.
+TRIM_NATIVE_API double trim_native_step_cost(int32_t value_type);
 
 // The instruction set in use: "portable", "avx2" or "avx512". The best this processor has, unless one was selected.
 TRIM_NATIVE_API const char* trim_native_isa(void);

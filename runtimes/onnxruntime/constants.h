@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../native/trim_native.h"
+#include "slots.h"
 #include "tensors.h"
 
 namespace trim::ort {
@@ -49,6 +50,9 @@ class Constants {
             if (!std::isfinite(scales_[row])) refuse(api_, "a scale is NaN or infinite");
         }
     }
+
+    // Of a matrix that was checked: makes it ready for a processor, in its memory. Others take it as it is.
+    virtual void prepare() {}
 
     void refuse_status(std::int32_t status) const {
         if (status != TRIM_NATIVE_OK) refuse(api_, trim_native_message(status));
@@ -105,8 +109,22 @@ class Sparse : public Constants {
         return trim_native_linear_on(&pool, &matrix_, inputs, tokens, columns_, outputs, rows_);
     }
 
+    // To slots and lists, where they are of use; else the file's layout is as good as another. A matrix that keeps next to
+    // nothing would be all lists again, and takes more memory on the way than its file has bytes.
+    void prepare() override {
+        constexpr std::int64_t kLeastDensity = 64, kMostColumns = 65536;
+        const std::int64_t stored = matrix_.values_size + matrix_.list_values_size;
+        if (std::isfinite(trim_native_step_cost(matrix_.value_type)) && columns_ <= kMostColumns &&
+            rows_ * columns_ <= kLeastDensity * stored) {
+            refuse_status(slots_.lay_out(matrix_));
+        }
+    }
+
   protected:
     TrimNativeMatrix matrix_{};
+
+  private:
+    Slots slots_;
 };
 
 class Bitmap : public Sparse {

@@ -33,6 +33,7 @@ class CpuKernel : public Kernel {
     CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api), matrix_(api, info) {
         matrix_.check();
         matrix_.check_contents();
+        matrix_.prepare();
     }
 
     void compute(KernelContext* context) const override {

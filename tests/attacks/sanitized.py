@@ -50,7 +50,7 @@ def compiled(folder: Path, sources: Mapping[Path, tuple[str, ...]]) -> list[str]
 
 def compiled_engine(folder: Path) -> list[str]:
     """The native engine with every instruction set that this processor can run under sanitizers."""
-    sources: dict[Path, tuple[str, ...]] = {ENGINE / "portable.cpp": (), ENGINE / "engine.cpp": ()}
+    sources: dict[Path, tuple[str, ...]] = {ENGINE / f"{name}.cpp": () for name in ("portable", "layout", "engine")}
     if has_avx2():
         sources[ENGINE / "engine.cpp"] = ("-DTRIM_NATIVE_AVX2",)
         sources[ENGINE / "avx2.cpp"] = _AVX2

@@ -16,12 +16,24 @@ from attacks.sanitized import CASES, EXTREMES, damage, has_avx2, program, run
 
 from trim_export.converters import SparseMatrix
 from trim_export.converters.int8 import quantize_rows
-from trim_export.runtimes.native import lay_out
+from trim_export.runtimes.native import Preference, lay_out
 
-ARRAYS = ("order", "mask", "group_start", "values", "list_start", "list_columns", "list_values", "scales")
-ELEMENTS = (4, 8, 8, 1, 8, 2, 1, 4)
+ARRAYS = (
+    "order",
+    "mask",
+    "group_start",
+    "values",
+    "slot_start",
+    "slot_columns",
+    "slot_values",
+    "list_start",
+    "list_columns",
+    "list_values",
+    "scales",
+)
+ELEMENTS = (4, 8, 8, 1, 8, 1, 1, 8, 2, 1, 4)
 """Bytes that an array is made of; those of values depend on the case."""
-WIDTHS = (4, 8, 8, 8, 8, 2, 8, 4)
+WIDTHS = (4, 8, 8, 8, 8, 1, 8, 8, 2, 8, 4)
 """Bytes that are damaged at a time."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -43,7 +55,7 @@ def sound_case(chance: random.Random) -> tuple[list[int], list[bytes]]:
     matrix, scales = SparseMatrix(mask, weight[mask].to(TYPES[kind] if kind < 3 else torch.float32)), None
     if kind == 3:
         matrix, scales = quantize_rows(matrix)
-    laid = lay_out(matrix, scales, chance.choice([0.0, 0.15, 1.0]))
+    laid = lay_out(matrix, scales, Preference(chance.choice([0.0, 0.15, 1.0]), chance.choice([0.0, 4.0, 1e9])))
     arrays = [_bytes(getattr(laid, name)) for name in ARRAYS]
     numbers = [rows, columns, min(4 * len(laid.mask), rows), kind, chance.choice([1, 2, 5, 40])]
     return [*numbers, chance.choice([1, 2, 3])], arrays
@@ -59,13 +71,13 @@ def damaged(chance: random.Random, numbers: list[int], arrays: list[bytes]) -> N
         place = chance.choice([0, 1, 2, 3, 5])
         numbers[place] = chance.choice([*EXTREMES, numbers[place] + 1, numbers[place] - 1])
         return
-    place = chance.choice([0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7])
+    place = chance.choice([0, 1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8, 8, 9, 10])
     arrays[place] = damage(chance, arrays[place], WIDTHS[place])
 
 
 def written(number: list[int], arrays: list[bytes]) -> bytes:
     whole = [data + bytes(-len(data) % size) for data, size in zip(arrays, ELEMENTS, strict=True)]
-    return struct.pack("<14q", *number, *map(len, whole)) + b"".join(whole)
+    return struct.pack("<17q", *number, *map(len, whole)) + b"".join(whole)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])

@@ -87,13 +87,16 @@ struct Problem {
     Array<std::uint64_t> mask{{}};
     Array<std::int64_t> starts{{}};
     Array<std::uint8_t> values{{}};
+    Array<std::int64_t> slot_starts{{}};
+    Array<std::uint8_t> slot_columns{{}};
+    Array<std::uint8_t> slot_values{{}};
     Array<std::int64_t> list_starts{{}};
     Array<std::uint16_t> list_columns{{}};
     Array<std::uint8_t> list_values{{}};
     Array<float> scales{{}};
     TrimNativeMatrix matrix{};
 
-    // The rows behind the first `bitmap_rows` are lists.
+    // The rows behind the first `bitmap_rows` are blocks, each with another number of slots.
     Problem(std::int64_t n, std::int64_t k, std::int32_t value_type, double density, std::int64_t bitmap_rows)
         : rows(n), columns(k), type(value_type), dense(static_cast<std::size_t>(n * k)) {
         const std::size_t bytes = value_bytes(type);
@@ -105,13 +108,20 @@ struct Problem {
         std::vector<std::int64_t> begins{0};
         std::vector<std::uint8_t> stream;
         for (std::int64_t i = 0; i < rows; ++i) row_scales.push_back(static_cast<float>(uniform()));
-        // The value of a kept weight, which is written down as the `place`-th row's.
-        const auto keep = [&](std::int64_t place, std::int64_t j, std::vector<std::uint8_t>& to) {
+        const auto write = [&](const Value& value, std::uint8_t* to) {
+            for (std::size_t b = 0; b < bytes; ++b) to[b] = static_cast<std::uint8_t>(value.bits >> (8 * b));
+        };
+        // The value of a kept weight of the `place`-th row.
+        const auto weight = [&](std::int64_t place, std::int64_t j) {
             const Value value = draw(type);
             const std::int64_t row = some_order[static_cast<std::size_t>(place)];
             const double scale = type == TRIM_NATIVE_I8 ? row_scales[static_cast<std::size_t>(row)] : 1.0;
             dense[static_cast<std::size_t>(row * columns + j)] = value.meaning * scale;
-            for (std::size_t b = 0; b < bytes; ++b) to.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
+            return value;
+        };
+        const auto keep = [&](std::int64_t place, std::int64_t j, std::vector<std::uint8_t>& to) {
+            to.resize(to.size() + bytes);
+            write(weight(place, j), to.data() + to.size() - bytes);
         };
         const auto is_kept = [&] { return uniform() <= 2 * density - 1; };
         for (std::int64_t group = 0; group < (bitmap_rows + 3) / 4; ++group) {
@@ -130,16 +140,38 @@ struct Problem {
         }
         // Not numbers: whatever is read there must not reach a sum.
         stream.resize(stream.size() + TRIM_NATIVE_TAIL * bytes, 0xff);
-        std::vector<std::int64_t> list_begins{0};
+        std::vector<std::int64_t> list_begins{0}, slot_begins{0};
         std::vector<std::uint16_t> listed;
-        std::vector<std::uint8_t> list_stream;
+        std::vector<std::uint8_t> list_stream, slot_stream, nibbles;
+        const std::int64_t windows = (columns + 15) / 16;
         for (std::int64_t block = 0; block < (rows - bitmap_rows + 7) / 8; ++block) {
             std::vector<std::uint16_t> of_row[8];
             std::size_t steps = 0;
+            const std::int64_t of_window = 4 * (generator() % 5), first = slot_begins.back() * 8 * 4;
+            slot_begins.push_back(slot_begins.back() + windows * of_window / 4);
+            nibbles.resize(static_cast<std::size_t>(slot_begins.back() * 16));
+            slot_stream.resize(static_cast<std::size_t>(slot_begins.back() * 32) * bytes);
             for (std::int64_t i = 0; i < 8; ++i) {
                 const std::int64_t place = bitmap_rows + 8 * block + i;
-                for (std::int64_t j = 0; place < rows && j < columns; ++j) {
-                    if (is_kept()) of_row[i].push_back(static_cast<std::uint16_t>(j));
+                for (std::int64_t window = 0; window < windows; ++window) {
+                    std::int64_t slot = 0;
+                    int last = 0;
+                    const auto put = [&](int column) {
+                        const std::int64_t at = first / 2 + (window * of_window + slot) * 4 + i % 4;
+                        nibbles[static_cast<std::size_t>(at)] |= static_cast<std::uint8_t>(column << (i < 4 ? 0 : 4));
+                    };
+                    for (std::int64_t j = 16 * window; place < rows && j < 16 * window + 16 && j < columns; ++j) {
+                        if (!is_kept()) continue;
+                        if (slot == of_window) {
+                            of_row[i].push_back(static_cast<std::uint16_t>(j));
+                            continue;
+                        }
+                        put(last = static_cast<int>(j % 16));
+                        const std::int64_t at = first + (window * of_window + slot++) * 8 + i;
+                        write(weight(place, j), slot_stream.data() + static_cast<std::size_t>(at) * bytes);
+                    }
+                    if (slot == 0 && of_window > 0) put(1), ++slot;
+                    for (; slot < of_window; ++slot) put(last);
                 }
                 steps = std::max(steps, of_row[i].size());
             }
@@ -153,14 +185,16 @@ struct Problem {
             }
             list_begins.push_back(static_cast<std::int64_t>(listed.size()));
         }
+        slot_starts = Array(slot_begins), slot_columns = Array(nibbles), slot_values = Array(slot_stream);
         list_starts = Array(list_begins), list_columns = Array(listed), list_values = Array(list_stream);
         order = Array(some_order), mask = Array(words), starts = Array(begins), values = Array(stream);
         scales = Array(row_scales);
         const bool scaled = type == TRIM_NATIVE_I8;
         const auto width = static_cast<std::int64_t>(bytes);
         matrix = {rows, columns, bitmap_rows, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
-                  values.get(), values.size / width, list_starts.get(), list_starts.size, list_columns.get(),
-                  list_columns.size, list_values.get(), list_values.size / width, scaled ? scales.get() : nullptr,
+                  values.get(), values.size / width, slot_starts.get(), slot_starts.size, slot_columns.get(),
+                  slot_columns.size, slot_values.get(), slot_values.size / width, list_starts.get(), list_starts.size,
+                  list_columns.get(), list_columns.size, list_values.get(), list_values.size / width, scaled ? scales.get() : nullptr,
                   scaled ? scales.size : 0, type};
     }
 };
@@ -233,7 +267,7 @@ void check_damage(std::int32_t type) {
     }
 }
 
-void check_damaged_lists(std::int32_t type) {
+void check_damaged_blocks(std::int32_t type) {
     for (std::int64_t tokens : {1, 5}) {
         Problem problem(21, 300, type, 0.3, 4);
         const Array<float> x(random_floats(tokens * 300)), y(random_floats(tokens * 21));
@@ -249,15 +283,115 @@ void check_damaged_lists(std::int32_t type) {
             }
             problem.list_columns[entry] = before;
         }
-        for (std::int64_t block = 0; block < problem.list_starts.size; ++block) {
-            const std::int64_t before = problem.list_starts[block];
-            using Limits = std::numeric_limits<std::int64_t>;
-            for (std::int64_t wrong : {before - 1, before + 8, std::int64_t{-16}, Limits::max(), Limits::min()}) {
-                problem.list_starts[block] = wrong;
-                CHECK(run() == TRIM_NATIVE_BAD_MASK);
+        for (std::int64_t at = 0; at < problem.slot_columns.size; at += 13) {
+            const std::uint8_t before = problem.slot_columns[at];
+            for (const std::uint8_t wrong : {0x00, 0x0f, 0xf0, 0xff}) {
+                problem.slot_columns[at] = wrong;
+                const std::int32_t status = run();
+                CHECK(status == TRIM_NATIVE_OK || status == TRIM_NATIVE_BAD_MASK);
             }
-            problem.list_starts[block] = before;
+            problem.slot_columns[at] = before;
         }
+        for (const Array<std::int64_t>* starts : {&problem.list_starts, &problem.slot_starts}) {
+            for (std::int64_t block = 0; block < starts->size; ++block) {
+                const std::int64_t before = (*starts)[block];
+                using Limits = std::numeric_limits<std::int64_t>;
+                for (std::int64_t wrong : {before - 1, before + 8, std::int64_t{-16}, Limits::max(), Limits::min()}) {
+                    (*starts)[block] = wrong;
+                    CHECK(run() == TRIM_NATIVE_BAD_MASK);
+                }
+                (*starts)[block] = before;
+            }
+        }
+    }
+}
+
+// What the engine lays out itself, and what it says of rows that are none.
+void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, double density, double step_cost) {
+    const std::size_t bytes = value_bytes(type);
+    std::vector<std::uint8_t> kept, stream;
+    std::vector<std::int64_t> begins{0};
+    std::vector<double> dense;
+    std::vector<std::int32_t> some_order(static_cast<std::size_t>(rows));
+    std::iota(some_order.begin(), some_order.end(), 0);
+    std::shuffle(some_order.begin(), some_order.end(), generator);
+    for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t j = 0; j < columns; ++j) {
+            kept.push_back(uniform() <= 2 * density - 1);
+            const Value value = draw(type);
+            dense.push_back(kept.back() ? value.meaning : 0.0);
+            for (std::size_t b = 0; kept.back() && b < bytes; ++b) {
+                stream.push_back(static_cast<std::uint8_t>(value.bits >> (8 * b)));
+            }
+        }
+        begins.push_back(static_cast<std::int64_t>(stream.size() / bytes));
+    }
+    const Array<std::uint8_t> mask(kept), values(stream);
+    const Array<std::int64_t> row_start(begins);
+    const Array<std::int32_t> order(some_order);
+    const std::int64_t blocks = (rows + 7) / 8, size = static_cast<std::int64_t>(stream.size() / bytes);
+    const TrimNativeRows good{rows, columns, mask.get(), mask.size, row_start.get(), row_start.size, values.get(), size,
+                              order.get(), rows, type};
+    const Array<std::int64_t> slot_start(std::vector<std::int64_t>(static_cast<std::size_t>(blocks) + 1));
+    const Array<std::int64_t> list_start(std::vector<std::int64_t>(static_cast<std::size_t>(blocks) + 1));
+    CHECK(trim_native_plan(&good, step_cost, slot_start.get(), list_start.get(), blocks + 1) == TRIM_NATIVE_OK);
+    const auto zeros = [](std::int64_t count, std::size_t width) {
+        return Array(std::vector<std::uint8_t>(static_cast<std::size_t>(count) * width));
+    };
+    const std::int64_t steps = slot_start[blocks], entries = list_start[blocks];
+    const Array<std::uint8_t> slot_columns = zeros(steps * 16, 1), slot_values = zeros(steps * 32, bytes);
+    const Array<std::uint16_t> list_columns(std::vector<std::uint16_t>(static_cast<std::size_t>(entries)));
+    const Array<std::uint8_t> list_values = zeros(entries, bytes);
+    const auto lay_out = [&](const TrimNativeRows& given) {
+        return trim_native_lay_out(&given, slot_start.get(), list_start.get(), blocks + 1, slot_columns.get(),
+                                   slot_values.get(), list_columns.get(), list_values.get());
+    };
+    CHECK(lay_out(good) == TRIM_NATIVE_OK);
+    const std::int64_t no_groups = 0;
+    const Array<std::uint8_t> tail = zeros(TRIM_NATIVE_TAIL, bytes);
+    const Array<float> scales(std::vector<float>(static_cast<std::size_t>(rows), 1.0f));
+    const TrimNativeMatrix matrix{rows, columns, 0, order.get(), rows, nullptr, 0, &no_groups, 1, tail.get(),
+                                  TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps * 16,
+                                  slot_values.get(), steps * 32, list_start.get(), blocks + 1, list_columns.get(),
+                                  entries, list_values.get(), entries, scales.get(), rows, type};
+    for (std::int64_t tokens : {1, 6}) {
+        const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows));
+        CHECK(trim_native_linear(&matrix, x.get(), tokens, columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
+        bool right = true;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            for (std::int64_t i = 0; i < rows; ++i) {
+                double sum = 0, magnitude = 0;
+                for (std::int64_t j = 0; j < columns; ++j) {
+                    const double product = dense[static_cast<std::size_t>(i * columns + j)] * x[t * columns + j];
+                    sum += product, magnitude += std::fabs(product);
+                }
+                right = right && std::fabs(y[t * rows + i] - sum) <= 1e-6 * magnitude;
+            }
+        }
+        CHECK(right);
+    }
+    const auto refused = [&](std::int32_t status, const auto& change) {
+        TrimNativeRows wrong = good;
+        change(wrong);
+        CHECK(lay_out(wrong) == status);
+    };
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeRows& r) { r.rows = 0; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeRows& r) { r.columns = std::int64_t{1} << 40; });
+    refused(TRIM_NATIVE_NO_MATRIX, [](TrimNativeRows& r) { r.value_type = 4; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeRows& r) { r.mask_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeRows& r) { r.row_start_size -= 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeRows& r) { r.values_size += 1; });
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeRows& r) { r.order_size += 8; });
+    CHECK(trim_native_plan(nullptr, step_cost, slot_start.get(), list_start.get(), blocks + 1) ==
+          TRIM_NATIVE_NO_MATRIX);
+    const std::int32_t row = order[0];
+    order[0] = static_cast<std::int32_t>(rows);
+    CHECK(lay_out(good) == TRIM_NATIVE_BAD_ORDER);
+    order[0] = row;
+    for (std::int64_t at = 0; at < mask.size; at += 7) {  // another mask than there are values for, or a plan for
+        mask[at] ^= 1;
+        CHECK(lay_out(good) == TRIM_NATIVE_BAD_MASK);
+        mask[at] ^= 1;
     }
 }
 
@@ -391,7 +525,12 @@ int main(int count, char** names) {
             }
             check_sums(Problem(10, 130, type, 0.3, 4), 300, 5);  // several chunks, every width of a panel
             check_damage(type);
-            check_damaged_lists(type);
+            check_damaged_blocks(type);
+            for (double step_cost : {0.0, 3.0, 12.0, 1e9}) {
+                check_layout(1, 1, type, 1.0, step_cost);
+                check_layout(21, 150, type, 0.3, step_cost);
+                check_layout(16, 64, type, 0.9, step_cost);
+            }
             check_dense(1, 1, type);
             check_dense(19, 150, type);
         }

@@ -29,7 +29,7 @@ def build(folder: Path, instruction_sets: list[str]) -> Path:
     """The driver, linked with the engine; AVX-512 is compiled against our emulation of its intrinsics."""
     claims = ["-DTRIM_NATIVE_AVX2", "-DTRIM_NATIVE_AVX512", "-D__builtin_cpu_supports(feature)=true"]
     options = {"avx2.cpp": AVX2, "avx512.cpp": (f"-I{HERE / 'emulated'}",)}
-    sources = [ENGINE / "engine.cpp", HERE / "driver.cpp"]
+    sources = [ENGINE / "engine.cpp", ENGINE / "layout.cpp", HERE / "driver.cpp"]
     sources += [ENGINE / f"{name}.cpp" for name in instruction_sets]
     objects = []
     for source in sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +16,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_layers import CPU, STORED, available, laid_out, layer, needs_library, random_matrix
+from native_layers import (
+    ALL_FORMS,
+    BITMAP,
+    CPU,
+    LISTS,
+    SLOTS,
+    STORED,
+    available,
+    laid_out,
+    layer,
+    needs_library,
+    random_matrix,
+)
 from strategies import DTYPES, assert_same, dense64, matrices
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
 from trim_export.errors import EnvironmentLacks, TrimExportError, UsageError
 from trim_export.runtimes import pick_runtime
-from trim_export.runtimes.native import MaskedLinear, NativeLinear, NativeMatrix, NativeRuntime, lay_out, sparse_linear
+from trim_export.runtimes.native import (
+    MaskedLinear,
+    NativeLinear,
+    NativeMatrix,
+    NativeRuntime,
+    Preference,
+    lay_out,
+    sparse_linear,
+)
 from trim_export.runtimes.native import library as native_library
 from trim_export.runtimes.native.library import TAIL, isa, select_isa
 
@@ -64,16 +85,16 @@ def assert_multiplies(
     rows=st.integers(1, 21),
     columns=st.sampled_from([1, 7, 8, 31, 63, 64, 65, 127, 200]),
     density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-    tokens=st.sampled_from([0, 1, 2, 3, 7, 8, 9, 16, 33, 130]),
+    tokens=st.sampled_from([0, 1, 2, 4, 5, 7, 8, 9, 16, 33, 130]),
     stored=st.sampled_from(STORED),
-    lists=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    form=st.builds(Preference, st.sampled_from([-1.0, 0.1, 0.5, 1.0]), st.sampled_from([0.0, 3.0, math.inf])),
     seed=st.integers(0, 2**20),
 )
 def test_products_agree_with_float64(
-    name: str, rows: int, columns: int, density: float, tokens: int, stored: torch.dtype, lists: float, seed: int
+    name: str, rows: int, columns: int, density: float, tokens: int, stored: torch.dtype, form: Preference, seed: int
 ) -> None:
     select_isa(name)
-    made = laid_out(random_matrix(rows, columns, density, seed), stored, lists)
+    made = laid_out(random_matrix(rows, columns, density, seed), stored, form)
     inputs = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
     assert_multiplies(made, inputs, made.multiply(inputs, 2))
 
@@ -83,10 +104,12 @@ def test_products_agree_with_float64(
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("lists", [0.0, 1.0])
-def test_a_wide_layer_is_as_exact_as_float32_allows(name: str, stored: torch.dtype, tokens: int, lists: float) -> None:
+@pytest.mark.parametrize("form", [BITMAP, SLOTS, LISTS])
+def test_a_wide_layer_is_as_exact_as_float32_allows(
+    name: str, stored: torch.dtype, tokens: int, form: Preference
+) -> None:
     select_isa(name)
-    made = laid_out(random_matrix(64, 11008, 0.2), stored, lists)
+    made = laid_out(random_matrix(64, 11008, 0.2), stored, form)
     inputs = torch.randn(tokens, 11008, generator=torch.Generator().manual_seed(1))
     expected = inputs.double().numpy() @ weights(made).T
     error = np.linalg.norm(made.multiply(inputs, 1).double().numpy() - expected) / np.linalg.norm(expected)
@@ -97,10 +120,10 @@ def test_a_wide_layer_is_as_exact_as_float32_allows(name: str, stored: torch.dty
 @pytest.mark.usefixtures("_restore")
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_any_number_of_threads_gives_the_same_bits(name: str, stored: torch.dtype, tokens: int) -> None:
     select_isa(name)
-    made = laid_out(random_matrix(4000, 300), stored, 0.3)
+    made = laid_out(random_matrix(4000, 300), stored, ALL_FORMS)
     inputs = torch.randn(tokens, 300)
     alone = made.multiply(inputs, 1)
     for threads in (2, 3, 7, 64):
@@ -115,8 +138,11 @@ def test_a_token_among_others_gives_the_same_bits_however_many_they_are(name: st
     made = layer(random_matrix(50, 300))
     inputs = torch.randn(300, 300)
     all_at_once = made(inputs)
-    for tokens in (2, 5, 8, 100, 257):
+    for tokens in (5, 8, 100, 257):
         assert torch.equal(made(inputs[:tokens]), all_at_once[:tokens])
+    one_by_one = torch.cat([made(token[None]) for token in inputs[:4]])
+    for tokens in (2, 3, 4):
+        assert torch.equal(made(inputs[:tokens]), one_by_one[:tokens])
 
 
 @needs_library
@@ -174,9 +200,9 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 @needs_library
 @settings(max_examples=60)
-@given(matrix=matrices(), lists=st.sampled_from([0.0, 0.3, 1.0]))
-def test_a_layer_gives_its_matrix_back(matrix: SparseMatrix, lists: float) -> None:
-    assert_same(lay_out(matrix, None, lists).matrix(), matrix)
+@given(matrix=matrices(), form=st.sampled_from([BITMAP, SLOTS, LISTS, ALL_FORMS, Preference(1.0, 12.0)]))
+def test_a_layer_gives_its_matrix_back(matrix: SparseMatrix, form: Preference) -> None:
+    assert_same(lay_out(matrix, None, form).matrix(), matrix)
     assert_same(NativeLinear(matrix, None, CPU).matrix(), matrix)
     assert_same(MaskedLinear(matrix, None, CPU).matrix(), matrix)
 
@@ -184,13 +210,14 @@ def test_a_layer_gives_its_matrix_back(matrix: SparseMatrix, lists: float) -> No
 @needs_library
 def test_columns_beyond_the_reach_of_a_list() -> None:
     matrix = random_matrix(6, 2**16 + 70, 0.01)
-    assert not len(lay_out(matrix, None, 1.0).list_columns)
+    assert not len(lay_out(matrix, None, SLOTS).list_columns)
     matrix = SparseMatrix(matrix.mask[:, : 2**16], torch.randn(int(matrix.mask[:, : 2**16].sum())))
-    made = lay_out(matrix, None, 1.0)
-    assert not len(made.mask)
-    for tokens in (1, 3):
-        inputs = torch.randn(tokens, 2**16)
-        assert_multiplies(made, inputs, made.multiply(inputs, 1))
+    for form in (SLOTS, LISTS):
+        made = lay_out(matrix, None, form)
+        assert not len(made.mask)
+        for tokens in (1, 7):
+            inputs = torch.randn(tokens, 2**16)
+            assert_multiplies(made, inputs, made.multiply(inputs, 1))
 
 
 @needs_library
@@ -199,8 +226,8 @@ def test_a_copy_is_independent_and_a_cast_rounds_as_in_a_linear() -> None:
     made = layer(matrix, torch.float32, torch.randn(6))
     expected = made(inputs)
     twin = copy.deepcopy(made)
-    made.weights.values.zero_()
-    made.weights.list_values.zero_()
+    for part in (made.weights.values, made.weights.slot_values, made.weights.list_values):
+        part.zero_()
     assert torch.equal(twin(inputs), expected)
     twin.to(torch.bfloat16)
     assert twin.bias is not None
@@ -221,12 +248,16 @@ def test_a_cast_leaves_eight_bit_weights_alone() -> None:
 def test_bytes_in_memory() -> None:
     matrix = random_matrix(6, 80)
     structure = 6 * 4 + 6 * 4
-    bitmap = structure + 2 * 2 * 4 * 8 + 3 * 8 + 1 * 8
-    assert held(laid_out(matrix, torch.bfloat16, -1.0)) == bitmap + (matrix.nnz + TAIL) * 2
-    assert held(laid_out(matrix, torch.int8, -1.0)) == bitmap + matrix.nnz + TAIL + 6 * 4
+    bitmap = structure + 2 * 2 * 4 * 8 + 3 * 8 + 1 * 8 + 1 * 8
+    assert held(laid_out(matrix, torch.bfloat16, BITMAP)) == bitmap + (matrix.nnz + TAIL) * 2
+    assert held(laid_out(matrix, torch.int8, BITMAP)) == bitmap + matrix.nnz + TAIL + 6 * 4
     steps = int(matrix.row_counts.max())
-    lists = structure + 1 * 8 + 2 * 8 + (steps + steps % 2) * 8 * (2 + 2)
-    assert held(laid_out(matrix, torch.bfloat16, 1.0)) == lists + TAIL * 2
+    no_slots = 2 * 8
+    lists = structure + 1 * 8 + no_slots + 2 * 8 + (steps + steps % 2) * 8 * (2 + 2)
+    assert held(laid_out(matrix, torch.bfloat16, LISTS)) == lists + TAIL * 2
+    made = laid_out(matrix, torch.bfloat16, SLOTS)
+    in_slots = int(made.slot_start[-1]) * (16 + 32 * 2)
+    assert held(made) - made.list_columns.numel() * (2 + 2) == structure + 1 * 8 + 2 * 8 + 2 * 8 + in_slots + TAIL * 2
 
 
 def held(made: NativeMatrix) -> int:
@@ -260,57 +291,68 @@ def test_compiled_and_exported_models_call_it() -> None:
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
-def parts(lists: float) -> dict[str, Any]:
-    made = laid_out(random_matrix(9, 70), torch.float32, lists)
+def parts(form: Preference) -> dict[str, Any]:
+    made = laid_out(random_matrix(9, 70), torch.float32, form)
     return {"columns": 70, **made.tensors()}
 
 
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(
-    ("lists", "name", "change", "message"),
+    ("form", "name", "change", "message"),
     [
-        (0.0, "columns", lambda n: 64, "needs mask as torch.int64"),
-        (0.0, "columns", lambda n: 0, "some columns"),
-        (0.0, "order", lambda t: t.long(), "needs order as torch.int32"),
-        (0.0, "order", lambda t: t[:-1], "needs counts"),
-        (0.0, "order", lambda t: t[:0], "needs counts"),
-        (0.0, "order", lambda t: t[None], "needs an order"),
-        (0.0, "order", lambda t: t.to("meta"), "on the CPU"),
-        (0.0, "order", lambda t: t - 1, "a row that does not exist"),
-        (0.0, "order", lambda t: t + 1, "a row that does not exist"),
-        (0.0, "mask", lambda t: t[:, :1], "needs mask"),
-        (0.0, "mask", lambda t: torch.cat([t, t]), "needs mask"),
-        (0.0, "mask", lambda t: t.int(), "needs mask as torch.int64"),
-        (0.0, "mask", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "needs mask without gaps"),
-        (0.0, "mask", lambda t: t | 1, "disagree"),
-        (0.0, "mask", lambda t: t & 1, "disagree"),
-        (0.0, "mask", lambda t: torch.full_like(t, -1), "disagree"),
-        (0.0, "group_start", lambda t: t[:-1], "needs group_start"),
-        (0.0, "group_start", lambda t: t + 1, "disagree"),
-        (0.0, "group_start", lambda t: t * 2**40, "disagree"),
-        (0.0, "group_start", lambda t: t.flip(0), "disagree"),
-        (0.0, "values", lambda t: t[:-1], "disagree"),
-        (0.0, "values", lambda t: t[:63], "wrong length"),
-        (0.0, "values", lambda t: t[:0], "wrong length"),
-        (0.0, "values", lambda t: t.double(), "needs list_values as torch.float64"),
-        (0.0, "values", lambda t: t[None], "needs values"),
-        (0.0, "scales", lambda _: torch.ones(9), "with scales"),
-        (0.0, "scales", lambda _: torch.ones(8), "needs scales"),
-        (1.0, "list_start", lambda t: t[:-1], "needs list_start"),
-        (1.0, "list_start", lambda t: t + 1, "disagree"),
-        (1.0, "list_start", lambda t: t.flip(0), "disagree"),
-        (1.0, "list_start", lambda t: t - t % 64 // 8, "disagree"),
-        (1.0, "list_columns", lambda t: t.int(), "needs list_columns as torch.int16"),
-        (1.0, "list_columns", lambda t: t[:-16], "needs list_values"),
-        (1.0, "list_values", lambda t: t[:-16], "needs list_values"),
-        (1.0, "list_values", lambda t: t.half(), "needs list_values as torch.float32"),
+        (BITMAP, "columns", lambda n: 64, "needs mask as torch.int64"),
+        (BITMAP, "columns", lambda n: 0, "some columns"),
+        (BITMAP, "order", lambda t: t.long(), "needs order as torch.int32"),
+        (BITMAP, "order", lambda t: t[:-1], "needs counts"),
+        (BITMAP, "order", lambda t: t[:0], "needs counts"),
+        (BITMAP, "order", lambda t: t[None], "needs an order"),
+        (BITMAP, "order", lambda t: t.to("meta"), "on the CPU"),
+        (BITMAP, "order", lambda t: t - 1, "a row that does not exist"),
+        (BITMAP, "order", lambda t: t + 1, "a row that does not exist"),
+        (BITMAP, "mask", lambda t: t[:, :1], "needs mask"),
+        (BITMAP, "mask", lambda t: torch.cat([t, t]), "needs mask"),
+        (BITMAP, "mask", lambda t: t.int(), "needs mask as torch.int64"),
+        (BITMAP, "mask", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "needs mask without gaps"),
+        (BITMAP, "mask", lambda t: t | 1, "disagree"),
+        (BITMAP, "mask", lambda t: t & 1, "disagree"),
+        (BITMAP, "mask", lambda t: torch.full_like(t, -1), "disagree"),
+        (BITMAP, "group_start", lambda t: t[:-1], "needs group_start"),
+        (BITMAP, "group_start", lambda t: t + 1, "disagree"),
+        (BITMAP, "group_start", lambda t: t * 2**40, "disagree"),
+        (BITMAP, "group_start", lambda t: t.flip(0), "disagree"),
+        (BITMAP, "values", lambda t: t[:-1], "disagree"),
+        (BITMAP, "values", lambda t: t[:63], "wrong length"),
+        (BITMAP, "values", lambda t: t[:0], "wrong length"),
+        (BITMAP, "values", lambda t: t.double(), "needs slot_values as torch.float64"),
+        (BITMAP, "values", lambda t: t[None], "needs values"),
+        (BITMAP, "scales", lambda _: torch.ones(9), "with scales"),
+        (BITMAP, "scales", lambda _: torch.ones(8), "needs scales"),
+        (SLOTS, "slot_start", lambda t: t[:-1], "needs slot_start"),
+        (SLOTS, "slot_start", lambda t: t + 1, "disagree"),
+        (SLOTS, "slot_start", lambda t: t * 2, "disagree"),
+        (SLOTS, "slot_start", lambda t: t * 2**40, "disagree"),
+        (SLOTS, "slot_start", lambda t: t.flip(0), "disagree"),
+        (SLOTS, "slot_start", lambda t: torch.cat([t[:1], t[1:-1] + 1, t[-1:]]), "disagree"),
+        (SLOTS, "slot_columns", lambda t: t[:-1], "needs slot_columns"),
+        (SLOTS, "slot_columns", lambda t: t[:-16], "needs slot_values"),
+        (SLOTS, "slot_columns", lambda t: t.view(torch.int8), "needs slot_columns as torch.uint8"),
+        (SLOTS, "slot_values", lambda t: t[:-32], "needs slot_values"),
+        (SLOTS, "slot_values", lambda t: t.half(), "needs slot_values as torch.float32"),
+        (LISTS, "list_start", lambda t: t[:-1], "needs list_start"),
+        (LISTS, "list_start", lambda t: t + 1, "disagree"),
+        (LISTS, "list_start", lambda t: t.flip(0), "disagree"),
+        (LISTS, "list_start", lambda t: t - t % 64 // 8, "disagree"),
+        (LISTS, "list_columns", lambda t: t.int(), "needs list_columns as torch.int16"),
+        (LISTS, "list_columns", lambda t: t[:-16], "needs list_values"),
+        (LISTS, "list_values", lambda t: t[:-16], "needs list_values"),
+        (LISTS, "list_values", lambda t: t.half(), "needs list_values as torch.float32"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
-    lists: float, name: str, change: Callable[[Any], Any], message: str, tokens: int
+    form: Preference, name: str, change: Callable[[Any], Any], message: str, tokens: int
 ) -> None:
-    given = parts(lists)
+    given = parts(form)
     given[name] = change(given[name])
     with pytest.raises(UsageError, match=message):
         NativeMatrix(**given).multiply(torch.randn(tokens, 70), 2)
@@ -329,13 +371,13 @@ def test_what_does_not_fit_together_is_refused(
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        NativeMatrix(**parts(0.3)).multiply(inputs, 2)
+        NativeMatrix(**parts(ALL_FORMS)).multiply(inputs, 2)
 
 
 @needs_library
-@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("tokens", [5, 20])
 def test_columns_that_do_not_exist_never_reach_memory(tokens: int) -> None:
-    given = parts(1.0)
+    given = parts(LISTS)
     given["list_columns"] |= 2**14
     broken = NativeMatrix(**given)
     assert broken.multiply(torch.ones(1, 70), 1).shape == (1, 9)
@@ -347,7 +389,7 @@ def test_columns_that_do_not_exist_never_reach_memory(tokens: int) -> None:
 @pytest.mark.parametrize("threads", [0, -1, 10**6])
 def test_a_number_of_threads_that_cannot_be(threads: int) -> None:
     with pytest.raises(UsageError, match="thread"):
-        NativeMatrix(**parts(0.3)).multiply(torch.ones(1, 70), threads)
+        NativeMatrix(**parts(ALL_FORMS)).multiply(torch.ones(1, 70), threads)
 
 
 @needs_library

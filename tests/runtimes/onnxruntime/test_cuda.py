@@ -168,7 +168,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
     library = tmp_path_factory.mktemp("emulated") / "libtrim_emulated.so"
-    sources = [OPS / "ops_cuda.cu", HERE / "cpu_ops.cpp", ENGINE / "engine.cpp", ENGINE / "portable.cpp"]
+    engine = [ENGINE / f"{name}.cpp" for name in ("engine", "layout", "portable")]
+    sources = [OPS / "ops_cuda.cu", HERE / "cpu_ops.cpp", *engine]
     flags = ("-O1", "-shared", "-fPIC", "-fvisibility=hidden", *EMULATED)
     run([str(COMPILER), *flags, *map(str, sources), "-o", str(library)])
     return library

@@ -81,6 +81,19 @@ static inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
 static inline __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
     return each<__m512i>([&](auto& to, int i) { to.u32[i] = a.r.u32[i] << count; }, 16);
 }
+static inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
+    return each<__m512i>([&](auto& to, int i) { to.u32[i] = a.r.u32[i] >> count; }, 16);
+}
+static inline __m512 _mm512_permutexvar_ps(__m512i at, __m512 a) {
+    return each<__m512>([&](auto& to, int i) { to.f32[i] = a.r.f32[at.r.u32[i] & 15]; }, 16);
+}
+static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int quarters) {
+    const auto from = [&](int i) { return 4 * (quarters >> (2 * (i / 4)) & 3) + i % 4; };
+    return each<__m512>([&](auto& to, int i) { to.f32[i] = (i < 8 ? a : b).r.f32[from(i)]; }, 16);
+}
+static inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+    return each<__m512i>([&](auto& to, int i) { to.u32[i] = a.r.bytes[i]; }, 16);
+}
 static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
     return each<__m512i>([&](auto& to, int i) { to.u32[i] = a.r.u16[i]; }, 16);
 }
