@@ -130,6 +130,8 @@ def test_killed_at_random_moments(run: int, commands: list[Command], tmp_path: P
                     open_artifact(out)
             before = finished_shards(out)
             kept += len(before)
+            if command.words[0] == "prune" and not before:
+                seconds *= 1.25  # slower than when it was measured; kills are to fall between blocks too
             ended = finish(command.to(out), log) if landed == KILLS else None
             if ended is not None:
                 assert ended.code == 0 or (command.words[0] == "convert" and "exists already" in ended.said), ended

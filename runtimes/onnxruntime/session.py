@@ -138,7 +138,8 @@ def open_session(directory: Path, kernels: bool | None = None, threads: int | No
             raise EnvironmentLacks(_LACKING)
         options.register_custom_ops_library(str(library))
     try:
-        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU])
+        # Its fallback would only say the same again, on stdout.
+        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU], enable_fallback=0)
     except Exception as error:  # of ONNX Runtime's own, which share no base
         raise ArtifactError(f"{directory / MODEL}: ONNX Runtime cannot load it ({first_line(error)})") from error
     if native.get_providers() != [CPU]:
