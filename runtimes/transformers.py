@@ -25,7 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -38,7 +42,7 @@ from trim_export.memory import return_freed
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
 from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
 from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
-from trim_export.runtimes.onnxruntime import is_onnx, load_onnx
+from trim_export.runtimes.onnxruntime import is_onnx, load_onnx, verify_onnx
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
 from trim_export.runtimes.triton import TritonRuntime
 from trim_export.storage import read_json, refuse_special_files, safe_file, tensor_names
@@ -105,7 +109,7 @@ def load(
     """
     root = Path(directory)
     if is_onnx(root):
-        return _load_onnx(root, runtime, device, lm_head)
+        return _load_onnx(root, runtime, device, lm_head, check_hashes)
     pick_runtime(runtime, torch.device(device).type)
     choose("LM head", lm_head, LM_HEADS)
     _refuse_foreign_directory(root)
@@ -135,12 +139,16 @@ def load(
     return model
 
 
-def _load_onnx(root: Path, runtime: str, device: str, lm_head: str) -> PreTrainedModel:
+def _load_onnx(root: Path, runtime: str, device: str, lm_head: str, check_hashes: bool) -> PreTrainedModel:
     """What an ONNX directory is was decided when it was made; only how it executes is left to choose."""
     if torch.device(device).type != "cpu":
         raise UsageError(f"{root}: an ONNX model executes on the CPU, not on {device}")
     if lm_head != "stored":
         raise UsageError(f"{root}: convert --to onnx decides on the LM head; leave --lm-head out")
+    if check_hashes:
+        problems = verify_onnx(root)
+        if problems:
+            raise ArtifactError(problems[0])
     return load_onnx(root, runtime)
 
 
@@ -202,6 +210,9 @@ def _reading(root: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file is answered with nearly any exception
         raise ArtifactError(f"{root}: cannot be loaded ({first_line(error)})") from error
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # the place that `trim_export.autoload` has kept
 
 
 @register_quantization_config(METHOD)

@@ -113,6 +113,7 @@ def test_killed_at_random_moments(run: int, commands: list[Command], tmp_path: P
     command = commands[run % len(commands)]
     out, log = tmp_path / "out", tmp_path / "log"
     landed = attempts = kept = 0
+    known: dict[Path, int] = {}
     seconds = command.seconds
     while landed < KILLS:
         attempts += 1
@@ -129,17 +130,25 @@ def test_killed_at_random_moments(run: int, commands: list[Command], tmp_path: P
                 with pytest.raises(ArtifactError, match=r"unfinished|not a trim-export artifact"):
                     open_artifact(out)
             before = finished_shards(out)
-            kept += len(before)
+            if before:
+                # At most the block in flight was done again.
+                assert known.items() <= before.items()
+                kept += len(before) - len(known)
+                known = before
+            if command.words[0] == "prune" and not before:
+                seconds *= 1.25  # slower than when it was measured; kills are to fall between blocks too
             ended = finish(command.to(out), log) if landed == KILLS else None
             if ended is not None:
                 assert ended.code == 0 or (command.words[0] == "convert" and "exists already" in ended.said), ended
-                # At most the block in flight was done again.
                 assert all(path.stat().st_mtime_ns == written for path, written in before.items())
         else:  # too fast; a finished run that is continued is faster still
-            assert process.exitcode == 0, log.read_text()
-            seconds = min(seconds, time.monotonic() - begin)
+            # A conversion may have been killed when all was in place.
+            there = command.words[0] == "convert" and "exists already" in log.read_text()
+            assert process.exitcode == 0 or there, log.read_text()
+            seconds = seconds if there else min(seconds, time.monotonic() - begin)
             assert hashes(out) == command.result
             shutil.rmtree(out)
+            known = {}
     assert hashes(out) == command.result
     assert [path.name for path in tmp_path.iterdir()] in (["out", "log"], ["log", "out"])
     print(f"\n{command.words[0]}: {landed} kills, {kept} finished shards kept, result as if never killed")

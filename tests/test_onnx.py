@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import start
 from onnx_graphs import needs_operators
 from test_cli import run, sentence
 from tiny_models import EXPORTABLE
 
 from trim_export.artifact import Artifact
+from trim_export.errors import ArtifactError
 from trim_export.runtimes import load
 from trim_export.runtimes.onnxruntime import LIBRARY, operator_library
 
@@ -211,6 +216,66 @@ def test_damage_is_one_sentence(
         (folder / file).write_bytes(damage((folder / file).read_bytes()))
     failed = run("generate", folder, "--prompt", "abc", check=2)
     assert reason in sentence(failed)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        ("model.onnx.data", lambda data: bytes([data[0] ^ 1]) + data[1:], "sha256 differs"),
+        ("model.onnx", lambda data: data + b"\0", "bytes, the manifest says"),
+        ("genai_config.json", None, "missing"),
+        ("other.onnx", lambda _: b"", "does not list it"),
+        ("trim_onnx.json", lambda _: b"{}", "malformed"),
+        ("trim_onnx.json", None, "no trim_onnx.json"),
+    ],
+)
+def test_hashes_at_load_and_check_find_what_changed(
+    file: str, change: Callable[[bytes], bytes] | None, reason: str, exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(exported("llama-16", "--portable"), folder)
+    assert "its files are intact" in run("check", folder).stdout
+    load(folder, check_hashes=True)
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(change((folder / file).read_bytes() if (folder / file).exists() else b""))
+    with pytest.raises(ArtifactError, match=reason):
+        load(folder, check_hashes=True)
+    assert reason in sentence(run("check", folder, check=1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_export_leaves_no_process_and_the_next_one_gives_the_same_bytes(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    words = ["convert", str(pruned("llama-16").path), "--to", "onnx", "-o", str(tmp_path / "out")]
+    staging = str(tmp_path / ".out.partial").encode()
+    process = start(words, tmp_path / "log")
+    while process.exitcode is None and not mentioning(staging):
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    for _ in range(200):
+        if not mentioning(staging):
+            break
+        time.sleep(0.05)
+    assert not mentioning(staging)
+    assert not (tmp_path / "out").exists()
+    run(*words)
+    for file in sorted(exported("llama-16").iterdir()):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def mentioning(words: bytes) -> list[str]:
+    """Processes whose command line has these words."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end in the meantime
+            if words in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
 
 
 @needs_operators

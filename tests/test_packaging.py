@@ -6,10 +6,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
+from trim_export.artifact import Artifact
+from trim_export.convert import convert
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "trim_export", "converters", "runtimes"]
@@ -94,29 +97,87 @@ def test_wheel_builds_without_a_compiler(checkout: Path, tmp_path: Path) -> None
     assert contents(wheel) == expected(checkout, library=False)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
-def test_unpacked_wheel_runs_with_its_library(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(folder)
+    return folder
+
+
+def with_wheel(unpacked: Path, script: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with the unpacked wheel instead of the checkout."""
     # -S ignores .pth files, hence an editable install of the checkout; the dependencies come from this very path.
-    search_path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    search_path = os.pathsep.join([str(unpacked), *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, "-S", "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=unpacked,
+        env={**os.environ, "PYTHONPATH": search_path, **environment},
+    )
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+def test_unpacked_wheel_runs_with_its_library(unpacked: Path) -> None:
     script = (
         "import trim_export.converters.matrix as matrix, trim_export.curves as curves;"
         "from trim_export.runtimes import pick_runtime;"
         "print(matrix.__file__, curves.__file__, curves.native_available(), pick_runtime('native').name, sep='\\n')"
     )
-    run = subprocess.run(
-        [sys.executable, "-S", "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": search_path},
-    )
-    package = tmp_path / "trim_export"
-    assert run.stdout.splitlines() == [
+    done = with_wheel(unpacked, script)
+    package = unpacked / "trim_export"
+    assert done.stdout.splitlines() == [
         str(package / "converters" / "matrix.py"),
         str(package / "curves.py"),
         "True",
         "native",
-    ], run.stderr
+    ], done.stderr
+
+
+# ---- autoloading, which needs the metadata of an installed package ---------------------------------------------------
+
+STRANGER = """
+import sys
+import torch
+assert "trim_export.autoload" in sys.modules, "torch did not call our entry point"
+assert not {"transformers", "trim_export.runtimes"} & set(sys.modules), "importing torch became slower"
+import transformers
+kind = getattr(transformers, sys.argv[3])
+assert "trim_export.runtimes" not in sys.modules, "and so did importing transformers"
+expected = kind.from_pretrained(sys.argv[2]).eval()
+if sys.argv[3] == "LlamaForCausalLM":
+    import trim_export.runtimes  # by hand as well
+try:
+    model = kind.from_pretrained(sys.argv[1]).eval()
+except RuntimeError:
+    sys.exit("refused")
+print(type(model.model.layers[0].mlp.up_proj).__module__.split(".")[0])
+tokens = torch.arange(4, 20)[None]
+with torch.no_grad():
+    torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
+"""
+
+
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+def test_an_artifact_loads_without_us_being_imported_if_that_is_wished(
+    name: str, unpacked: Path, pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    convert(pruned("llama"), "dense", tmp_path / "dense")
+    done = with_wheel(
+        unpacked, STRANGER, pruned("llama").path, tmp_path / "dense", Path(name), TRIM_EXPORT_AUTOLOAD="1"
+    )
+    assert done.stdout.split() == ["trim_export"], done.stderr
+
+
+@pytest.mark.parametrize("switch", ["", "0"])
+def test_it_is_refused_if_that_is_not_wished(
+    switch: str, unpacked: Path, pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    convert(pruned("llama"), "dense", tmp_path / "dense")
+    name = Path("AutoModelForCausalLM")
+    done = with_wheel(unpacked, STRANGER, pruned("llama").path, tmp_path / "dense", name, TRIM_EXPORT_AUTOLOAD=switch)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().endswith("refused")
+    assert "size mismatch" in done.stderr

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from trim_export.errors import ArtifactError, choose
 from trim_export.format import FORMAT_VERSION, METHOD, STORED
-from trim_export.storage import read_json, safe_file, sha256_file, tensor_names
+from trim_export.storage import difference, read_json, safe_file, tensor_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,15 +209,8 @@ def verify_hashes(artifact: Artifact) -> list[str]:
         if name not in artifact.manifest["files"]
     ]
     for name, entry in artifact.manifest["files"].items():
-        try:
-            file = safe_file(artifact.path, name)
-        except ArtifactError as error:
-            problems.append(str(error))
-            continue
-        if file.stat().st_size != entry["size"]:
-            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}")
-        elif sha256_file(file) != entry["sha256"]:
-            problems.append(f"{file}: its contents are not those the manifest recorded (sha256 differs)")
+        found = difference(artifact.path, name, entry["size"], entry["sha256"])
+        problems += [found] if found else []
     for file in sorted(artifact.path.iterdir()):
         if file.suffix in (".safetensors", ".bin") and file.name not in artifact.manifest["files"]:
             problems.append(f"{file}: weights that the manifest does not list, which transformers may load instead")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAFE_NAME",
     "canonical_json",
+    "difference",
     "read_json",
     "refuse_special_files",
     "safe_file",
@@ -64,6 +65,20 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in one pass of bounded memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(root: Path, name: str, size: int, sha256: str) -> str | None:
+    """What tells a file inside ``root`` from the one that a manifest recorded, as a sentence; None if nothing does."""
+    try:
+        file = safe_file(root, name)
+    except ArtifactError as error:
+        return str(error)
+    found = file.stat().st_size
+    if found != size:
+        return f"{file}: {found} bytes, the manifest says {size}"
+    if sha256_file(file) != sha256:
+        return f"{file}: its contents are not those the manifest recorded (sha256 differs)"
+    return None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -7,16 +7,18 @@ a process of their own: they print, warn, and hold the dense model in memory.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from trim_export.converters.onnx.graph import MODEL
+from trim_export.converters.onnx.graph import MODEL, read_model
 from trim_export.errors import EnvironmentLacks, ModelError
 
 __all__ = ["PRECISIONS", "build"]
@@ -54,7 +56,9 @@ def build(dense: Path, out: Path, precision: str = "fp32") -> str:
             options += ["--extra_options", "shared_embeddings=true"]
         failure = _run(_BUILDER, options, out)
         if failure is None:
-            return f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
+            version = importlib.metadata.version("onnxruntime-genai")
+            _sign(out / MODEL, version)
+            return f"onnxruntime-genai {version}"
         if _UNKNOWN not in failure:
             raise ModelError(f"{dense}: onnxruntime-genai's model builder failed ({failure})")
     if precision != "fp32":
@@ -63,6 +67,23 @@ def build(dense: Path, out: Path, precision: str = "fp32") -> str:
     if failure is not None:
         raise ModelError(f"{dense}: torch.onnx cannot export this model ({failure})")
     return f"torch.onnx of torch {importlib.metadata.version('torch')}"
+
+
+def _sign(file: Path, version: str) -> None:
+    """Say what made a graph; the builder adds the revision of whatever Git repository it is installed in."""
+    model = read_model(file)
+    model.producer_version = version
+    file.write_bytes(model.SerializeToString())
+
+
+_C = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """A killed command's exporter must not go on writing into the directory of the next one (prctl(2))."""
+    if _C is not None:
+        _C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run(module: str, options: list[str], out: Path) -> str | None:
@@ -74,6 +95,7 @@ def _run(module: str, options: list[str], out: Path) -> str | None:
         text=True,
         check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        preexec_fn=_end_with_parent,
     )
     if done.returncode == 0 and (out / MODEL).is_file():
         return None

@@ -21,12 +21,11 @@ from torch import Tensor
 from trim_export.errors import ArtifactError, first_line
 from trim_export.storage import safe_file
 
-__all__ = ["MODEL", "DataFile", "check_external", "read_model", "read_tensor", "reading"]
+__all__ = ["MODEL", "TYPES", "DataFile", "check_external", "read_model", "read_tensor", "reading"]
 
 MODEL = "model.onnx"
 
-# ONNX's number for a dtype, and the integers of the same width that numpy has.
-_DTYPES = {
+TYPES = {
     torch.float32: (TensorProto.FLOAT, np.float32),
     torch.bfloat16: (TensorProto.BFLOAT16, np.int16),
     torch.float16: (TensorProto.FLOAT16, np.float16),
@@ -38,7 +37,9 @@ _DTYPES = {
     torch.float64: (TensorProto.DOUBLE, np.float64),
     torch.bool: (TensorProto.BOOL, np.bool_),
 }
-_KNOWN: dict[int, tuple[torch.dtype, Any]] = {number: (dtype, numpy) for dtype, (number, numpy) in _DTYPES.items()}
+"""ONNX's number for a dtype, and numpy's dtype or, where it has none, its integers of the same width."""
+
+_KNOWN: dict[int, tuple[torch.dtype, Any]] = {number: (dtype, numpy) for dtype, (number, numpy) in TYPES.items()}
 
 # Shapes and axes stay in the graph, where shape inference looks for them; weights begin where kernels may load vectors.
 _INLINE_BYTES = 1024
@@ -112,7 +113,7 @@ class DataFile:
 
     def add(self, name: str, tensor: Tensor) -> TensorProto:
         """Append a tensor; returns the initializer that refers to it, or that holds it if it is small."""
-        number, numpy = _DTYPES[tensor.dtype]
+        number, numpy = TYPES[tensor.dtype]
         plain = tensor.detach().contiguous()
         bits = plain.view(torch.int16) if tensor.dtype == torch.bfloat16 else plain
         array: NDArray[Any] = bits.numpy().astype(numpy, copy=False)

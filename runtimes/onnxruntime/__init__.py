@@ -8,6 +8,7 @@ from trim_export.runtimes.onnxruntime.session import (
     open_session,
     operator_library,
     read_form,
+    verify_onnx,
 )
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "open_session",
     "operator_library",
     "read_form",
+    "verify_onnx",
 ]

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,14 @@ class Constants {
     virtual std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
                                   float* outputs) const = 0;
 
-    void check() const { refuse_status(multiply({1, 1, nullptr, nullptr}, nullptr, 0, nullptr)); }
+    virtual void check() const { refuse_status(multiply({1, 1, nullptr, nullptr}, nullptr, 0, nullptr)); }
+
+    // What only a host that can read all constants is able to check.
+    virtual void check_contents() const {
+        for (std::int64_t row = 0; row < rows_; ++row) {
+            if (!std::isfinite(scales_[row])) refuse(api_, "a scale is NaN or infinite");
+        }
+    }
 
     // Of a matrix that was checked: makes it ready for a processor, in its memory. Others take it as it is.
     virtual void prepare() {}
@@ -54,11 +62,11 @@ class Constants {
     // What every operator has: values, which go where the layout wants them, and, right behind them, scales.
     template <typename Matrix>
     void read_values(const KernelInfo* info, std::size_t index, Matrix& matrix, const void*& values,
-                     std::int64_t& size) const {
+                     std::int64_t& size) {
         const Tensor tensor = read_constant(api_, info, index, "values", kAnyType);
         const Tensor scales = read_constant(api_, info, index + 1, "scales", kFloat);
         matrix.value_type = value_type(api_, tensor.type);
-        matrix.scales = static_cast<const float*>(scales.data);
+        matrix.scales = scales_ = static_cast<const float*>(scales.data);
         matrix.scales_size = scales.size();
         values = tensor.data;
         size = tensor.size();
@@ -66,6 +74,9 @@ class Constants {
 
     Api api_;
     std::int64_t rows_ = 0, columns_ = 0;
+
+  private:
+    const float* scales_ = nullptr;
 };
 
 class Sparse : public Constants {
@@ -81,6 +92,17 @@ class Sparse : public Constants {
     }
 
     const TrimNativeMatrix& matrix() const { return matrix_; }
+
+    // Also that the order names each row once: what another row gets would else stay as it was.
+    void check() const override {
+        Constants::check();
+        std::vector<bool> named(static_cast<std::size_t>(rows_));
+        for (std::int64_t place = 0; place < rows_; ++place) {
+            const std::size_t row = static_cast<std::size_t>(matrix_.order[place]);
+            if (named[row]) refuse(api_, "the order does not name each row once");
+            named[row] = true;
+        }
+    }
 
     std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
                           float* outputs) const override {
@@ -157,6 +179,38 @@ class Sell8 : public Sparse {
         matrix_.group_start_size = 1;
         matrix_.values = tail;
         matrix_.values_size = TRIM_NATIVE_TAIL;
+    }
+
+    // Columns that are wrong would mean one thing to the kernel for one token and another to that for several.
+    void check_contents() const override {
+        Constants::check_contents();
+        for (std::int64_t block = 0; block + 1 < matrix_.list_start_size; ++block) {
+            for (std::int64_t lane = 0; lane < 8; ++lane) {
+                if (!rises(matrix_.list_start[block] + lane, matrix_.list_start[block + 1])) {
+                    refuse(api_, "the columns of a row do not rise, or leave the matrix");
+                }
+            }
+        }
+    }
+
+  private:
+    // Whether the columns of one row do, but for zeros that fill it up.
+    bool rises(std::int64_t entry, std::int64_t end) const {
+        bool full = false;
+        for (std::int64_t before = -1, column; entry < end; entry += 8, before = column) {
+            column = matrix_.list_columns[entry];
+            full = full || column <= before;
+            if (column >= columns_ || (full && (column != before || !is_zero(entry)))) return false;
+        }
+        return true;
+    }
+
+    bool is_zero(std::int64_t entry) const {
+        constexpr std::size_t kBytes[] = {4, 2, 2, 1};  // of a value, by its type
+        constexpr unsigned char kZero[4] = {};
+        const std::size_t width = kBytes[matrix_.value_type];
+        const unsigned char* const values = static_cast<const unsigned char*>(matrix_.list_values);
+        return std::memcmp(values + static_cast<std::size_t>(entry) * width, kZero, width) == 0;
     }
 };
 

@@ -137,5 +137,7 @@ def _read_config(root: Path) -> PreTrainedConfig:
         names = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
         tokens = {name: genai[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
         return PreTrainedConfig.from_dict(names | tokens | {"head_dim": decoder["head_size"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ArtifactError:
+        raise
+    except Exception as error:  # a damaged configuration is answered with nearly any exception
         raise ArtifactError(f"{root}: its configuration cannot be read ({first_line(error)})") from error

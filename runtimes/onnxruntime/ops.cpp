@@ -9,7 +9,7 @@
 // int8, scales float32 [rows]. All but A are constants in the layout of trim_native.h, in which a sparse matrix is all
 // bitmap or all lists; the values of a bitmap have its tail. Attributes: rows, columns.
 //
-// The file with the constants may come from anybody: sizes are compared with each other when the session is made, and
+// The file with the constants may come from anybody: sizes, order and columns are checked when the session is made, and
 // the engine checks the rest as it goes. The threads are the session's.
 #include <thread>
 
@@ -32,6 +32,7 @@ class CpuKernel : public Kernel {
 
     CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api), matrix_(api, info) {
         matrix_.check();
+        matrix_.check_contents();
         matrix_.prepare();
     }
 

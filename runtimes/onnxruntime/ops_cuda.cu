@@ -62,35 +62,22 @@ class Uploads {
     std::vector<void*> arrays_;
 };
 
-// A row that is named twice would leave another one's outputs as they were.
-const std::int32_t* upload_order(const Api& api, const TrimNativeMatrix& given, Uploads& uploads) {
-    std::vector<bool> named(static_cast<std::size_t>(given.rows));
-    for (std::int64_t place = 0; place < given.rows; ++place) {
-        const std::int32_t row = given.order[place];
-        if (row < 0 || row >= given.rows || named[static_cast<std::size_t>(row)]) {
-            refuse(api, "the order does not name each row once");
-        }
-        named[static_cast<std::size_t>(row)] = true;
-    }
-    return uploads.add(given.order, given.rows);
-}
-
-cuda::Bitmap view(const Api& api, const Bitmap& constants, Uploads& uploads) {
+cuda::Bitmap view(const Bitmap& constants, Uploads& uploads) {
     const TrimNativeMatrix& given = constants.matrix();
     const std::int64_t units = given.group_start_size - 1, words = given.mask_size / units / cuda::kGroupRows;
-    return {given.rows, given.columns, units, words, upload_order(api, given, uploads),
+    return {given.rows, given.columns, units, words, uploads.add(given.order, given.rows),
             uploads.add(given.mask, given.mask_size), uploads.add(given.group_start, given.group_start_size),
             given.values, given.values_size, given.scales};
 }
 
-cuda::Sell8 view(const Api& api, const Sell8& constants, Uploads& uploads) {
+cuda::Sell8 view(const Sell8& constants, Uploads& uploads) {
     const TrimNativeMatrix& given = constants.matrix();
-    return {given.rows, given.columns, given.list_start_size - 1, upload_order(api, given, uploads),
+    return {given.rows, given.columns, given.list_start_size - 1, uploads.add(given.order, given.rows),
             uploads.add(given.list_start, given.list_start_size), given.list_columns, given.list_values,
             given.list_values_size, given.scales};
 }
 
-cuda::Dense view(const Api&, const Dense& constants, Uploads&) {
+cuda::Dense view(const Dense& constants, Uploads&) {
     const TrimNativeDense& given = constants.matrix();
     return {given.rows, given.columns, given.rows, given.values, given.scales};
 }
@@ -108,7 +95,7 @@ class CudaKernel : public Kernel {
         constants.check();
         value_type_ = constants.matrix().value_type;
         const OnDeviceOf device(api, constants.matrix().scales);
-        matrix_ = view(api, constants, uploads_);
+        matrix_ = view(constants, uploads_);
         require_cuda(cudaDeviceSynchronize());  // a session's stream does not wait for copies on the default one
     }
 
@@ -123,7 +110,7 @@ class CudaKernel : public Kernel {
   private:
     Uploads uploads_;
     std::int32_t value_type_ = 0;
-    decltype(view(std::declval<const Api&>(), std::declval<const Constants&>(), std::declval<Uploads&>())) matrix_{};
+    decltype(view(std::declval<const Constants&>(), std::declval<Uploads&>())) matrix_{};
 };
 
 template <typename Input>

@@ -14,9 +14,18 @@ from numpy.typing import NDArray
 
 from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, first_line
 from trim_export.shared_library import find_library
-from trim_export.storage import read_json, refuse_special_files
+from trim_export.storage import difference, read_json, refuse_special_files, safe_file
 
-__all__ = ["LIBRARY", "ONNX_MANIFEST", "Session", "empty_cache", "open_session", "operator_library", "read_form"]
+__all__ = [
+    "LIBRARY",
+    "ONNX_MANIFEST",
+    "Session",
+    "empty_cache",
+    "open_session",
+    "operator_library",
+    "read_form",
+    "verify_onnx",
+]
 
 LIBRARY = "libtrim_onnxruntime.so"
 """File name of the operator library, in this package and in exported directories."""
@@ -25,6 +34,9 @@ ONNX_MANIFEST = "trim_onnx.json"
 """What an exported directory says of how it was made."""
 
 CPU = "CPUExecutionProvider"
+
+_READ = (".onnx", ".data", ".json", ".so")
+"""Suffixes of what runtimes read."""
 
 _LACKING = "our ONNX operators are not installed; install a C++ compiler and trim-export again"
 
@@ -63,6 +75,27 @@ def read_form(directory: Path) -> Any:
     """What a directory stores its weights as: a `Form`'s fields, ``dense``, or None if nothing of ours says."""
     manifest = directory / ONNX_MANIFEST
     return read_json(manifest).get("form") if manifest.is_file() else None
+
+
+def verify_onnx(directory: Path) -> list[str]:
+    """Compare every file of an exported directory with its recorded size and hash; returns what is wrong.
+
+    Raises:
+        ArtifactError: a file that is no regular one, or no manifest that could say anything.
+    """
+    refuse_special_files(directory)
+    if not (directory / ONNX_MANIFEST).is_file():
+        raise ArtifactError(f"{directory}: no {ONNX_MANIFEST}, which has the hashes of what trim-export wrote")
+    manifest = read_json(safe_file(directory, ONNX_MANIFEST))
+    try:
+        recorded = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{directory / ONNX_MANIFEST}: malformed ({type(error).__name__}: {error})") from error
+    problems = [difference(directory, name, *entry) for name, entry in recorded.items()]
+    for file in sorted(directory.iterdir()):
+        if file.suffix in _READ and file.name not in recorded and file.name != ONNX_MANIFEST:
+            problems.append(f"{file}: the manifest does not list it, and a runtime may read it")
+    return [problem for problem in problems if problem]
 
 
 def open_session(directory: Path, kernels: bool | None = None, threads: int | None = None) -> Session:
@@ -105,7 +138,8 @@ def open_session(directory: Path, kernels: bool | None = None, threads: int | No
             raise EnvironmentLacks(_LACKING)
         options.register_custom_ops_library(str(library))
     try:
-        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU])
+        # Its fallback would only say the same again, on stdout.
+        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU], enable_fallback=0)
     except Exception as error:  # of ONNX Runtime's own, which share no base
         raise ArtifactError(f"{directory / MODEL}: ONNX Runtime cannot load it ({first_line(error)})") from error
     if native.get_providers() != [CPU]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from attacks.sandbox import Sandbox, sandbox
+from attacks.sanitized import compiled_engine
 
 from trim_export.artifact import Artifact, open_artifact
 from trim_export.convert import convert
@@ -34,3 +35,9 @@ def stored(pruned: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFac
         return open_artifact(out).path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sanitized_engine(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Object files of the native engine, compiled with sanitizers."""
+    return compiled_engine(tmp_path_factory.mktemp("engine"))

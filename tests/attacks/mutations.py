@@ -10,7 +10,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-__all__ = ["Mutation", "mutate", "mutations"]
+__all__ = ["MUTATIONS", "SEED", "Mutation", "mutate", "mutations"]
+
+MUTATIONS = int(os.environ.get("TRIM_FUZZ_MUTATIONS", "500"))
+SEED = int(os.environ.get("TRIM_FUZZ_SEED", "0"))
 
 Mutation = tuple[str, str, tuple[Any, ...]]
 """File, kind and parameters, so that a failing example says what was done."""
@@ -137,10 +140,10 @@ def mutate(directory: Path, mutation: Mutation) -> None:
         assert kind == "remove"
 
 
-def mutations(names: list[str]) -> st.SearchStrategy[list[Mutation]]:
-    """One to three mutations of files with these names; shards and what is read before them most often."""
+def mutations(names: list[str], weights: tuple[str, ...] = (".safetensors",)) -> st.SearchStrategy[list[Mutation]]:
+    """One to three mutations of files with these names; weights and what is read before them most often."""
     file = st.sampled_from(names)
-    shard = st.sampled_from([name for name in names if name.endswith(".safetensors")])
+    shard = st.sampled_from([name for name in names if name.endswith(weights)])
     text = st.sampled_from([name for name in names if name.endswith(".json")])
     place = st.one_of(st.floats(0, 1), st.floats(0, 0.2))
     put = st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\0" * 8, b"\xff" * 8, b"\xff\xff\xff\x7f"]))

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from attacks.mutations import Mutation, mutate, mutations
+from attacks.mutations import MUTATIONS, SEED, Mutation, mutate, mutations
 from attacks.sandbox import Answer, Sandbox, sandbox
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from trim_export.runtimes import available_runtimes
 
-MUTATIONS = int(os.environ.get("TRIM_FUZZ_MUTATIONS", "500"))
-SEED = int(os.environ.get("TRIM_FUZZ_SEED", "0"))
 ENCODINGS = ("bitmap", "csr", "bitmap-4x64", "bsr")
 RUNTIMES = [name for name in ("torch-sparse", "native") if name in available_runtimes()]
 

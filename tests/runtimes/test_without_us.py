@@ -21,7 +21,7 @@ for directory in sys.argv[1:]:
             print("refused")
         else:
             print("loaded", directory)
-assert "trim_export" not in sys.modules
+assert "trim_export.runtimes" not in sys.modules
 """
 
 FRIEND = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -487,6 +489,21 @@ def test_a_run_killed_before_its_first_journal_can_start_again(
     (out / f".{JOURNAL}.tmp").write_bytes(b"half a jour")
     prune(dense_model(tiny), RECIPE, TOKENS, out, CPU)
     assert hashes(out) == hashes(whole())
+
+
+def test_the_time_of_day_leaves_no_trace(
+    tiny: Tiny, tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, clock = time.time(), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 10 * 365.25 * 86400)
+    prune(dense_model(tiny), RECIPE, TOKENS, tmp_path / "later", CPU)
+    assert hashes(tmp_path / "later") == hashes(whole())
+    years = "|".join(time.strftime("%Y", time.localtime(when)) for when in (now, time.time()))
+    for file in (tmp_path / "later").iterdir():
+        head = file.read_bytes()
+        if file.suffix == ".safetensors":
+            head = head[8 : 8 + int.from_bytes(head[:8], "little")]
+        assert not re.search(rf"({years})-\d\d|\b{int(now) // 10**5}\d{{5}}".encode(), head), file
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny: Tiny, tmp_path: Path, whole: Callable[..., Path]) -> None:

@@ -135,14 +135,34 @@ def inspect(
 @app.command()
 def check(directory: Directory) -> None:
     """Verify every file's hash and every matrix's structure; exit code 1 names what is wrong."""
+    is_onnx = (directory / "model.onnx").is_file()
+    problems, intact = _check_onnx(directory) if is_onnx else _check_artifact(directory)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckFailed(problems[0] + more)
+    out.print(f"{directory}: {intact}")
+
+
+def _check_artifact(directory: Path) -> tuple[list[str], str]:
+    """What is wrong, or else what is intact."""
     from trim_export.artifact import open_artifact, verify_files
 
     try:
         artifact = open_artifact(directory)
     except ArtifactError as error:
         raise CheckFailed(str(error)) from error
-    problems = verify_files(artifact)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckFailed(problems[0] + more)
-    out.print(f"{directory}: {len(artifact.manifest['files'])} files and {len(artifact.modules)} matrices are intact")
+    files, matrices = len(artifact.manifest["files"]), len(artifact.modules)
+    return verify_files(artifact), f"{files} files and {matrices} matrices are intact"
+
+
+def _check_onnx(directory: Path) -> tuple[list[str], str]:
+    """The same of an ONNX directory, whose matrices a session checks when it is made."""
+    from trim_export.runtimes.onnxruntime import open_session, verify_onnx
+
+    try:
+        problems = verify_onnx(directory)
+        if not problems:
+            open_session(directory)
+    except ArtifactError as error:
+        raise CheckFailed(str(error)) from error
+    return problems, "its files are intact, and ONNX Runtime loads them"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from attacks.onnx_lies import LIES, OPERATORS, SHAPE, Change, random_matrix
 from onnx import TensorProto, helper
 from onnx_graphs import OPSET, constants, needs_operators, run, write_graph, write_operator
-from torch import Tensor
 
 from trim_export.converters import SparseMatrix
 from trim_export.converters.onnx.graph import MODEL
@@ -21,68 +20,14 @@ from trim_export.runtimes.onnxruntime import open_session
 
 pytestmark = needs_operators
 
-SHAPE = (10, 70)
-Change = Callable[[dict[str, Tensor]], None]
-
-
-def random_matrix() -> SparseMatrix:
-    mask = torch.rand(SHAPE) < 0.4
-    return SparseMatrix(mask, torch.randn(int(mask.sum())))
-
-
-def cut(name: str) -> Change:
-    return lambda parts: parts.update({name: parts[name][:-1].clone()})
-
-
-def put(name: str, place: int, value: int) -> Change:
-    def change(parts: dict[str, Tensor]) -> None:
-        changed = parts[name].reshape(-1).clone()
-        changed[place] = value
-        parts[name] = changed.reshape(parts[name].shape)
-
-    return change
-
-
-AT_LOAD = {
-    "bitmap": [
-        (cut("order"), "wrong length"),
-        (cut("mask"), "wrong length"),
-        (cut("values"), "disagree"),
-        (cut("scales"), "wrong length"),
-        (put("order", 0, 10), "a row that does not exist"),
-        (put("order", 3, -1), "a row that does not exist"),
-        (lambda parts: parts.update(values=parts["values"][:8].clone()), "wrong length"),
-        (lambda parts: parts.update(mask=torch.full_like(parts["mask"], 255)), "disagree"),
-        (lambda parts: parts.update(mask=parts["mask"].reshape(-1, 32)), r"\[groups, words, 32\]"),
-        (lambda parts: parts.update(values=parts["values"].to(torch.int32)), "none of float32"),
-        (lambda parts: parts.update(order=parts["order"].long()), "order has the wrong element type"),
-        (lambda parts: parts.update(scales=parts["scales"].half()), "scales has the wrong element type"),
-    ],
-    "csr": [
-        (cut("start"), "wrong length"),
-        (cut("columns"), "wrong length"),
-        (cut("values"), "wrong length"),
-        (put("start", 1, 2**40), "disagree"),
-        (put("start", 1, -16), "disagree"),
-        (put("start", 1, 8), "disagree"),
-        (put("order", 9, 11), "a row that does not exist"),
-        (lambda parts: parts.update(columns=parts["columns"].int()), "columns has the wrong element type"),
-    ],
-    "dense": [
-        (cut("values"), "wrong length"),
-        (cut("scales"), "wrong length"),
-        (lambda parts: parts.update(values=parts["values"].long()), "none of float32"),
-    ],
-}
-
 
 @pytest.mark.parametrize(
-    ("encoding", "change", "reason"), [(name, *case) for name, cases in AT_LOAD.items() for case in cases]
+    ("encoding", "change", "reason"), [(name, *case) for name, cases in LIES.items() for case in cases]
 )
 def test_constants_that_do_not_fit_are_refused_when_loaded(
     encoding: str, change: Change, reason: str, tmp_path: Path
 ) -> None:
-    operator = {**SPARSE, "dense": DENSE}[encoding]
+    operator = OPERATORS[encoding]
     parts = constants(operator, random_matrix(), "float32")
     change(parts)
     write_operator(tmp_path, operator, SHAPE, parts)
@@ -90,13 +35,23 @@ def test_constants_that_do_not_fit_are_refused_when_loaded(
         open_session(tmp_path)
 
 
-def test_columns_that_do_not_exist_are_refused(tmp_path: Path) -> None:
-    parts = constants(SPARSE["csr"], random_matrix(), "float32")
-    parts["columns"] = torch.from_numpy(np.full(parts["columns"].shape, 65535, np.uint16))
-    write_operator(tmp_path, SPARSE["csr"], SHAPE, parts)
-    # When the file's layout is made into another, or by the kernel that goes by it.
-    with pytest.raises((ArtifactError, UsageError), match="mask or lists of the matrix"):
-        run(open_session(tmp_path), np.zeros((5, 70), np.float32))
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("encoding", OPERATORS)
+def test_constants_that_are_not_aligned_are_refused_when_loaded(encoding: str, shift: int, tmp_path: Path) -> None:
+    """ONNX Runtime maps weights wherever the graph says that they are."""
+    operator = OPERATORS[encoding]
+    mask = torch.rand(40, 700) < 0.4
+    matrix = SparseMatrix(mask, torch.randn(int(mask.sum())))
+    write_operator(tmp_path, operator, (40, 700), constants(operator, matrix, "float32"))
+    data = tmp_path / f"{MODEL}.data"
+    data.write_bytes(bytes(shift) + data.read_bytes())
+    model = onnx.load(tmp_path / MODEL, load_external_data=False)
+    for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+        if entry.key == "offset":
+            entry.value = str(int(entry.value) + shift)
+    (tmp_path / MODEL).write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="aligned"):
+        open_session(tmp_path)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 70), (-1, 70), (10, 0), (2**40, 70), (11, 70), (10, 134)])
