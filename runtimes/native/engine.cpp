@@ -207,7 +207,7 @@ TrimNativePool own_threads(std::int32_t& threads) {
     if (threads < 1 || threads > kMostThreads) return {0, kLeastShare, nullptr, nullptr};
     return {threads == 1 ? 1 : threads * kSharesOfThread, kLeastShare,
             [](void* context, std::int32_t count, void (*work)(void*, std::int32_t), void* task) {
-                const std::int32_t most = *static_cast<std::int32_t*>(context);
+                [[maybe_unused]] const std::int32_t most = *static_cast<std::int32_t*>(context);
 #pragma omp parallel for num_threads(count < most ? count : most) schedule(dynamic, 1)  // or one after the other
                 for (std::int32_t share = 0; share < count; ++share) work(task, share);
             },

@@ -15,8 +15,8 @@ __all__ = ["hardly_sparse", "preference"]
 _BITMAP_DENSITY = {"avx512": {torch.float32: 0.15, torch.bfloat16: 0.1, torch.float16: 0.1, torch.int8: 0.1}}
 
 # Sparsity below which a layer is multiplied dense. At 0.5, 4096 x 4096 and AVX2 (benchmarks/results/cpu_layers.json)
-# one token is 1.5 times as fast as dense float32, and 128 tokens are no slower; of 16-bit values one token is up to a
-# third slower than dense bfloat16, and 128 tokens three times as fast.
+# one token is faster than with torch's dense product of the same dtype, 128 tokens are no slower with float32 and three
+# times as fast with bfloat16. Less was not measured.
 _BREAK_EVEN = {torch.float32: 0.4, torch.bfloat16: 0.5, torch.float16: 0.5, torch.int8: 0.3}
 
 
