@@ -168,6 +168,9 @@ struct Avx2 {
         store(rows, add(add(sums.chains[0], sums.chains[1]), add(sums.chains[2], sums.chains[3])));
     }
 
+    // Measured on Zen 4: several tokens cost as much as 12 to 15 single ones, whether they are 5 or 8.
+    static constexpr std::int64_t kFewTokens = 12;
+
     // Measured on Zen 4 (`python -m benchmarks.cpu_layers.forms`); values in memory count beside instructions.
     static constexpr double step_cost(std::size_t value_bytes) { return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 3; }
 

@@ -122,6 +122,8 @@ struct Avx512 {
         for (std::int64_t i = 0; i < kBlockRows; ++i) rows[i] = steps[i] + steps[kBlockRows + i];
     }
 
+    static constexpr std::int64_t kFewTokens = 1;
+
     // Bitmaps are smaller, and expanding them costs one instruction.
     static constexpr double step_cost(std::size_t) { return __builtin_inf(); }
 

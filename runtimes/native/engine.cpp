@@ -261,9 +261,7 @@ std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAli
 
 // ---- a few tokens -----------------------------------------------------------------------------------------------
 
-// Tokens up to which it is faster to multiply them one by one, a group or block of rows at a time.
-constexpr std::int64_t kFewTokens = 4;
-
+// Tokens one by one, but a group or block of rows at a time.
 std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const float* inputs, std::int64_t tokens,
                           std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                           const TrimNativePool& pool) {
@@ -435,7 +433,7 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
-    if (tokens <= kFewTokens) {
+    if (tokens <= kernels.few_tokens) {
         return multiply_few(checked, kernels.decode[matrix->value_type], inputs, tokens, input_stride, outputs,
                             output_stride, *pool);
     }

@@ -92,6 +92,7 @@ struct Batch {
 // One instruction set; indexed by the value type.
 struct Kernels {
     const char* name;
+    std::int64_t few_tokens;  // up to which it is faster to multiply them one by one
     double step_cost[4];  // of a step of slots, in listed weights: what decides which of the two a layout takes
     Decode decode[4];
     Batch batch[4];

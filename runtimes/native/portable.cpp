@@ -85,6 +85,8 @@ struct Portable {
     }
     static void store_rows(const BlockSums& sums, float* rows) { store(rows, add(sums.even, sums.odd)); }
 
+    static constexpr std::int64_t kFewTokens = 1;
+
     // Never: lists are as fast where inputs are looked up in memory anyway.
     static constexpr double step_cost(std::size_t) { return __builtin_inf(); }
 

@@ -223,7 +223,7 @@ void check_sums(const Problem& problem, std::int64_t tokens, std::int64_t gap) {
 
 // Whatever the arrays hold: a status or some numbers, but nothing is touched that is not theirs.
 void check_damage(std::int32_t type) {
-    for (std::int64_t tokens : {1, 5}) {
+    for (std::int64_t tokens : {1, 14}) {
         Problem problem(11, 150, type, 0.3, 11);
         const Array<float> x(random_floats(tokens * 150)), y(random_floats(tokens * 11));
         TrimNativeMatrix m = problem.matrix;
@@ -260,7 +260,7 @@ void check_damage(std::int32_t type) {
 }
 
 void check_damaged_blocks(std::int32_t type) {
-    for (std::int64_t tokens : {1, 5}) {
+    for (std::int64_t tokens : {1, 14}) {
         Problem problem(21, 300, type, 0.3, 4);
         const Array<float> x(random_floats(tokens * 300)), y(random_floats(tokens * 21));
         const TrimNativeMatrix& m = problem.matrix;
@@ -348,7 +348,7 @@ void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, do
                                   TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps,
                                   slot_values.get(), steps * 8, list_start.get(), blocks + 1, list_columns.get(),
                                   entries, list_values.get(), entries, scales.get(), rows, type};
-    for (std::int64_t tokens : {1, 6}) {
+    for (std::int64_t tokens : {1, 14}) {
         const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows));
         CHECK(trim_native_linear(&matrix, x.get(), tokens, columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
         bool right = true;
@@ -516,6 +516,7 @@ int main(int count, char** names) {
             for (std::int64_t bitmap_rows : {0, 200, 1000}) {
                 check_sums(Problem(531, 200, type, 0.3, bitmap_rows), 1, 0);  // several blocks of rows, several threads
                 check_sums(Problem(531, 200, type, 0.3, bitmap_rows), 4, 0);
+                check_sums(Problem(531, 200, type, 0.3, bitmap_rows), 14, 0);
             }
             check_sums(Problem(10, 130, type, 0.3, 4), 300, 5);  // several chunks, every width of a panel
             check_damage(type);
