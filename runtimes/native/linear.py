@@ -13,8 +13,9 @@ from trim_export.converters import Bitmap, SparseMatrix
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes.linear import Layout, SparseLinear
 from trim_export.runtimes.native.dense import dense_product
+from trim_export.runtimes.native.layout import lay_out
 from trim_export.runtimes.native.library import is_traced
-from trim_export.runtimes.native.matrix import NativeMatrix, lay_out
+from trim_export.runtimes.native.matrix import NativeMatrix
 from trim_export.runtimes.native.policy import preference
 
 __all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "sparse_linear"]

@@ -1,27 +1,24 @@
-"""A sparse matrix laid out for the kernels: rows as a bitmap, and rows as slots and lists."""
+"""A sparse matrix as the kernels take it: rows as a bitmap, and rows as slots and lists."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from trim_export.converters import Bitmap4x64, SparseMatrix
 from trim_export.converters.sell8 import BLOCK, list_entries
 from trim_export.errors import UsageError
 from trim_export.runtimes.native.library import TAIL, VALUE_TYPES, address, refuse, required
 
-__all__ = ["LIST_COLUMNS", "NativeMatrix", "lay_out"]
+__all__ = ["GROUP", "NativeMatrix"]
 
-LIST_COLUMNS = 2**16
-"""Columns that a list can name; wider matrices are bitmaps throughout."""
+GROUP = 4
+"""Rows of a bitmap that stand together."""
 
-_GROUP = 4  # rows of a bitmap that stand together
 _WINDOW = 8  # columns of a window
 
 
@@ -102,12 +99,12 @@ class NativeMatrix:
                 f"not {list(self.order.shape)}, {list(self.mask.shape)} and {self.columns}"
             )
         rows, groups = len(self.order), len(self.mask)
-        blocks = max(-(-(rows - _GROUP * groups) // BLOCK), 0)
+        blocks = max(-(-(rows - GROUP * groups) // BLOCK), 0)
         dtype, entries, steps = self.values.dtype, self.list_columns.numel(), self.slot_columns.numel()
         wanted = {
             "order": (torch.int32, (rows,)),
             "counts": (torch.int32, (rows,)),
-            "mask": (torch.int64, (min(groups, -(-rows // _GROUP)), -(-self.columns // 64), _GROUP)),
+            "mask": (torch.int64, (min(groups, -(-rows // GROUP)), -(-self.columns // 64), GROUP)),
             "group_start": (torch.int64, (groups + 1,)),
             "values": (dtype, (self.values.numel(),)),
             "slot_start": (torch.int64, (blocks + 1,)),
@@ -181,7 +178,7 @@ class NativeMatrix:
 
     def matrix(self) -> SparseMatrix:
         """The stored weights, bit for bit; of int8 values their products with the scales, in float32."""
-        top = min(_GROUP * len(self.mask), self.rows)
+        top = min(GROUP * len(self.mask), self.rows)
         mask = torch.zeros(self.rows, self.columns, dtype=torch.bool)
         dense = torch.zeros(self.rows, self.columns, dtype=self.values.dtype)
         if top:
@@ -220,7 +217,7 @@ class NativeMatrix:
             _Struct(
                 rows,
                 self.columns,
-                min(_GROUP * len(self.mask), rows),
+                min(GROUP * len(self.mask), rows),
                 address(self.order),
                 rows,
                 address(self.mask),
@@ -246,103 +243,3 @@ class NativeMatrix:
                 VALUE_TYPES[self.values.dtype],
             )
         )
-
-
-class Preference(NamedTuple):
-    """Which forms a layout should take.
-
-    Attributes:
-        bitmap_density: rows that keep more than this share of their weights become a bitmap.
-        step_cost: what a step of slots costs, in listed weights (``trim_native_plan``); infinite for lists alone.
-    """
-
-    bitmap_density: float
-    step_cost: float
-
-
-def lay_out(matrix: SparseMatrix, scales: Tensor | None, preference: Preference) -> NativeMatrix:
-    """``matrix`` for the kernels.
-
-    Args:
-        matrix: on the CPU; of int8 values (`trim_export.converters.int8.quantize_rows`) with ``scales``.
-        scales: float32 ``[rows]`` or None.
-        preference: of the instruction set; a row that is wider than `LIST_COLUMNS` becomes a bitmap.
-
-    Raises:
-        EnvironmentLacks: there is no library.
-    """
-    rows, columns = matrix.shape
-    counts = matrix.row_counts
-    order = counts.argsort(descending=True, stable=True).int()
-    sorted_counts = counts[order]
-    fuller = rows if columns > LIST_COLUMNS else int((sorted_counts > preference.bitmap_density * columns).sum())
-    top = min(fuller + -fuller % _GROUP, rows)
-    words, values = torch.zeros(0, -(-columns // 64), _GROUP, dtype=torch.int64), matrix.values[:0]
-    if top:
-        mask = matrix.mask[order[:top]]
-        upper = Bitmap4x64().encode(SparseMatrix(mask, matrix.to_dense()[order[:top]][mask]))
-        words, values = upper["weight_mask"], upper["weight_values"]
-    of_groups = pad(sorted_counts[:top], (0, -top % _GROUP)).reshape(-1, _GROUP).sum(dim=1)
-    return NativeMatrix(
-        columns,
-        order,
-        sorted_counts.int(),
-        words,
-        pad(of_groups.cumsum(0), (1, 0)),
-        pad(values, (0, TAIL)),
-        *_blocks(matrix, order[top:].contiguous(), pad(counts.cumsum(0), (1, 0)), preference.step_cost),
-        scales,
-    )
-
-
-class _Rows(ctypes.Structure):
-    """`TrimNativeRows`."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("mask", ctypes.c_void_p),
-        ("mask_size", ctypes.c_int64),
-        ("row_start", ctypes.c_void_p),
-        ("row_start_size", ctypes.c_int64),
-        ("values", ctypes.c_void_p),
-        ("values_size", ctypes.c_int64),
-        ("order", ctypes.c_void_p),
-        ("order_size", ctypes.c_int64),
-        ("value_type", ctypes.c_int32),
-    )
-
-
-def _blocks(
-    matrix: SparseMatrix, order: Tensor, row_start: Tensor, step_cost: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Slots and lists of the rows that ``order`` names: starts, columns and values of both."""
-    rows, columns = matrix.shape
-    mask, values = matrix.mask.contiguous(), matrix.values.contiguous()
-    given = _Rows(
-        rows,
-        columns,
-        address(mask),
-        mask.numel(),
-        address(row_start),
-        len(row_start),
-        address(values),
-        len(values),
-        address(order),
-        len(order),
-        VALUE_TYPES[values.dtype],
-    )
-    slot_start, list_start = torch.zeros(2, -(-len(order) // BLOCK) + 1, dtype=torch.int64)
-    starts = address(slot_start), address(list_start), len(slot_start)
-    status = required().trim_native_plan(ctypes.byref(given), step_cost, *starts)
-    slot_columns = torch.zeros(int(slot_start[-1]), dtype=torch.int32)
-    slot_values = torch.zeros(len(slot_columns) * BLOCK, dtype=values.dtype)
-    list_columns = torch.zeros(int(list_start[-1]), dtype=torch.int16)
-    list_values = torch.zeros(len(list_columns), dtype=values.dtype)
-    arrays = slot_columns, slot_values, list_columns, list_values
-    status = status or required().trim_native_lay_out(
-        ctypes.byref(given), starts[0], starts[1], starts[2], *map(address, arrays)
-    )
-    if status:
-        refuse(status, f"rows of a matrix of {rows} x {columns}")
-    return slot_start, slot_columns, slot_values, list_start, list_columns, list_values

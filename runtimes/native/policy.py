@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from trim_export.runtimes.native.layout import Preference
 from trim_export.runtimes.native.library import VALUE_TYPES, isa, required
-from trim_export.runtimes.native.matrix import Preference
 
 __all__ = ["hardly_sparse", "preference"]
 
