@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace trim {
@@ -48,7 +49,6 @@ std::atomic<const Kernels*> kernels_in_use{best_kernels()};
 
 // ---- checks -----------------------------------------------------------------------------------------------------
 
-constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();  // also columns and tokens
 constexpr std::int32_t kMostThreads = 4096;
 constexpr std::int64_t kValueBytes[] = {4, 2, 2, 1};
 
@@ -56,19 +56,9 @@ bool aligned(const void* array, std::int64_t bytes) {
     return array != nullptr && reinterpret_cast<std::uintptr_t>(array) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
-std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
-
 // An array of so many elements; null will do for none.
 bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::int64_t bytes) {
     return size == wanted && (wanted == 0 || aligned(array, bytes));
-}
-
-bool rises(const std::int64_t* starts, std::int64_t count, std::int64_t end) {
-    if (starts[0] != 0 || starts[count] != end) return false;
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (starts[i] > starts[i + 1]) return false;
-    }
-    return true;
 }
 
 // Whether every window of a block has as many steps, and none too many.
@@ -80,11 +70,6 @@ bool are_slots(const Matrix& matrix, std::int64_t steps) {
         if (left != 0) return false;
     }
     return true;
-}
-
-bool is_matrix(std::int64_t rows, std::int64_t columns, std::int32_t value_type) {
-    return rows >= 1 && columns >= 1 && rows <= kMostRows && columns <= kMostRows && value_type >= TRIM_NATIVE_F32 &&
-           value_type <= TRIM_NATIVE_I8;
 }
 
 bool scales_fit(const float* scales, std::int64_t size, std::int64_t rows, std::int32_t value_type) {
@@ -147,7 +132,8 @@ constexpr Cost kBatchCost = {0.05, 1.0, 5};
 class Shares {
   public:
     Shares(const Matrix& matrix, Cost cost, double tokens, const TrimNativePool& pool)
-        : matrix_(matrix), kept_(cost.kept), step_(cost.step), group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
+        : matrix_(matrix), kept_(cost.kept), step_(cost.step),
+          group_(cost.column * static_cast<double>(kGroupRows * matrix.columns)),
           units_(matrix.groups + matrix.blocks), count_(thread_count(total() * tokens, pool)) {}
 
     static std::int32_t thread_count(double cost, const TrimNativePool& pool) {
@@ -170,7 +156,8 @@ class Shares {
     double cost_before(std::int64_t unit) const {
         const std::int64_t group = unit < matrix_.groups ? unit : matrix_.groups;
         return kept_ * static_cast<double>(matrix_.group_start[group]) + group_ * static_cast<double>(group) +
-               static_cast<double>(matrix_.list_start[unit - group]) + step_ * static_cast<double>(steps_before(unit - group));
+               static_cast<double>(matrix_.list_start[unit - group]) +
+               step_ * static_cast<double>(steps_before(unit - group));
     }
     std::int64_t steps_before(std::int64_t block) const {
         return matrix_.slot_start == nullptr ? 0 : matrix_.slot_start[block];
@@ -426,7 +413,7 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (matrix == nullptr) return TRIM_NATIVE_NO_MATRIX;
     Matrix checked;
     if (const std::int32_t status = check(*matrix, checked)) return status;
-    if (tokens < 0 || tokens > kMostRows || input_stride < checked.columns || output_stride < checked.rows) {
+    if (tokens < 0 || tokens > kMostSide || input_stride < checked.columns || output_stride < checked.rows) {
         return TRIM_NATIVE_BAD_INPUTS;
     }
     if (pool == nullptr || pool->threads < 1 || pool->threads > kMostShares) return TRIM_NATIVE_BAD_THREADS;
@@ -462,7 +449,7 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
         return TRIM_NATIVE_BAD_SIZE;
     }
     const std::int64_t tokens = inputs_size / matrix->columns;
-    if (tokens < 0 || tokens > kMostRows || !fits(inputs, inputs_size, tokens * matrix->columns, sizeof(float)) ||
+    if (tokens < 0 || tokens > kMostSide || !fits(inputs, inputs_size, tokens * matrix->columns, sizeof(float)) ||
         !fits(outputs, outputs_size, tokens * matrix->rows, sizeof(float))) {
         return TRIM_NATIVE_BAD_INPUTS;
     }

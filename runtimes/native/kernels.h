@@ -63,8 +63,8 @@ constexpr std::int64_t kListInputs = 65536;
 
 // One token: y = W x, and for a dense W several without gaps. Inputs are first arranged as the kernels want them, with
 // zeros behind the last column: `for_bitmap` into words * 64 floats; slots, lists and dense matrices take them as they
-// are, but for zeros that fill up the last window. Each row's sum is written to outputs[order[.]]. `bitmap` is false when mask and values
-// disagree.
+// are, but for zeros that fill up the last window. Each row's sum is written to outputs[order[.]]. `bitmap` is false
+// when mask and values disagree.
 struct Decode {
     void (*for_bitmap)(const float* inputs, const Matrix& matrix, float* arranged);
     bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);

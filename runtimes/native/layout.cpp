@@ -5,32 +5,25 @@
 #include <cstring>
 #include <limits>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace trim {
 namespace {
-
-constexpr std::int64_t kMostSide = std::numeric_limits<std::int32_t>::max();
 
 std::int64_t even(std::int64_t number) { return number + number % 2; }
 
 // `TRIM_NATIVE_OK`, or what is wrong about the sizes.
 std::int32_t check(const TrimNativeRows* given, const std::int64_t* slot_start, const std::int64_t* list_start,
                    std::int64_t starts_size) {
-    if (given == nullptr || given->rows < 1 || given->columns < 1 || given->rows > kMostSide ||
-        given->columns > kMostSide || given->value_type < TRIM_NATIVE_F32 || given->value_type > TRIM_NATIVE_I8) {
-        return TRIM_NATIVE_NO_MATRIX;
-    }
+    if (given == nullptr || !is_matrix(given->rows, given->columns, given->value_type)) return TRIM_NATIVE_NO_MATRIX;
     const std::int64_t rows = given->rows;
     if (given->mask == nullptr || given->mask_size != rows * given->columns || given->row_start == nullptr ||
         given->row_start_size != rows + 1 || given->order_size < 0 || (given->order == nullptr && given->order_size) ||
         (given->values == nullptr && given->values_size) || slot_start == nullptr || list_start == nullptr ||
-        starts_size != (given->order_size + kBlockRows - 1) / kBlockRows + 1) {
+        starts_size != divide_up(given->order_size, kBlockRows) + 1 ||
+        !rises(given->row_start, rows, given->values_size)) {
         return TRIM_NATIVE_BAD_SIZE;
-    }
-    if (given->row_start[0] != 0 || given->row_start[rows] != given->values_size) return TRIM_NATIVE_BAD_SIZE;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        if (given->row_start[row] > given->row_start[row + 1]) return TRIM_NATIVE_BAD_SIZE;
     }
     for (std::int64_t place = 0; place < given->order_size; ++place) {
         if (given->order[place] < 0 || given->order[place] >= rows) return TRIM_NATIVE_BAD_ORDER;
@@ -38,7 +31,7 @@ std::int32_t check(const TrimNativeRows* given, const std::int64_t* slot_start, 
     return TRIM_NATIVE_OK;
 }
 
-std::int64_t windows_of(const TrimNativeRows& rows) { return (rows.columns + kWindowColumns - 1) / kWindowColumns; }
+std::int64_t windows_of(const TrimNativeRows& rows) { return divide_up(rows.columns, kWindowColumns); }
 
 // Bit j: whether column j of the window is kept.
 std::uint32_t kept_in_window(const std::uint8_t* mask, std::int64_t columns) {

@@ -173,12 +173,7 @@ class Sell8 : public Sparse {
         matrix_.list_start_size = start.size();
         matrix_.list_columns = static_cast<const std::uint16_t*>(columns.data);
         matrix_.list_columns_size = columns.size();
-        static const std::int64_t no_groups = 0;
-        alignas(64) static const unsigned char tail[4 * TRIM_NATIVE_TAIL] = {};
-        matrix_.group_start = &no_groups;
-        matrix_.group_start_size = 1;
-        matrix_.values = tail;
-        matrix_.values_size = TRIM_NATIVE_TAIL;
+        leave_out_bitmap(matrix_);
     }
 
     // Columns that are wrong would mean one thing to the kernel for one token and another to that for several.
@@ -206,9 +201,8 @@ class Sell8 : public Sparse {
     }
 
     bool is_zero(std::int64_t entry) const {
-        constexpr std::size_t kBytes[] = {4, 2, 2, 1};  // of a value, by its type
         constexpr unsigned char kZero[4] = {};
-        const std::size_t width = kBytes[matrix_.value_type];
+        const std::size_t width = value_bytes(matrix_.value_type);
         const unsigned char* const values = static_cast<const unsigned char*>(matrix_.list_values);
         return std::memcmp(values + static_cast<std::size_t>(entry) * width, kZero, width) == 0;
     }

@@ -9,12 +9,27 @@
 
 namespace trim::ort {
 
+inline std::size_t value_bytes(std::int32_t value_type) {
+    constexpr std::size_t kBytes[] = {4, 2, 2, 1};
+    return kBytes[value_type];
+}
+
+// Has no row of a matrix be a bitmap.
+inline void leave_out_bitmap(TrimNativeMatrix& matrix) {
+    static const std::int64_t no_groups = 0;
+    alignas(64) static const unsigned char tail[4 * TRIM_NATIVE_TAIL] = {};
+    matrix.bitmap_rows = matrix.mask_size = 0;
+    matrix.mask = nullptr;
+    matrix.group_start = &no_groups;
+    matrix.group_start_size = 1;
+    matrix.values = tail;
+    matrix.values_size = TRIM_NATIVE_TAIL;
+}
+
 // What a file holds, a bitmap or lists, as rows; row i is the one at place i. Its contents are from anybody.
 class Rows {
   public:
-    explicit Rows(const TrimNativeMatrix& matrix) : matrix_(matrix) {
-        constexpr std::size_t kBytes[] = {4, 2, 2, 1};
-        width_ = kBytes[matrix.value_type];
+    explicit Rows(const TrimNativeMatrix& matrix) : matrix_(matrix), width_(value_bytes(matrix.value_type)) {
         mask_.resize(static_cast<std::size_t>(matrix.rows * matrix.columns));
         starts_.push_back(0);
         for (std::int64_t place = 0; good_ && place < matrix.rows; ++place) {
@@ -32,8 +47,6 @@ class Rows {
         return {matrix_.rows, matrix_.columns, mask_.data(), size(mask_), starts_.data(), size(starts_), values_.data(),
                 starts_.back(), order_.data(), size(order_), matrix_.value_type};
     }
-
-    std::size_t value_bytes() const { return width_; }
 
     template <typename T>
     static std::int64_t size(const std::vector<T>& array) { return static_cast<std::int64_t>(array.size()); }
@@ -104,20 +117,15 @@ class Slots {
             return status;
         }
         const std::size_t steps = static_cast<std::size_t>(slot_start_.back());
-        const std::size_t entries = static_cast<std::size_t>(list_start_.back());
+        const std::size_t entries = static_cast<std::size_t>(list_start_.back()), width = value_bytes(matrix.value_type);
         slot_columns_.resize(steps), list_columns_.resize(entries);
-        slot_values_.resize(8 * steps * rows.value_bytes()), list_values_.resize(entries * rows.value_bytes());
+        slot_values_.resize(8 * steps * width), list_values_.resize(entries * width);
         if (const std::int32_t status =
                 trim_native_lay_out(&given, slot_start_.data(), list_start_.data(), starts, slot_columns_.data(),
                                     slot_values_.data(), list_columns_.data(), list_values_.data())) {
             return status;
         }
-        static const std::int64_t no_groups = 0;
-        alignas(64) static const unsigned char tail[4 * TRIM_NATIVE_TAIL] = {};
-        matrix.bitmap_rows = matrix.mask_size = 0;
-        matrix.mask = nullptr;
-        matrix.group_start = &no_groups, matrix.group_start_size = 1;
-        matrix.values = tail, matrix.values_size = TRIM_NATIVE_TAIL;
+        leave_out_bitmap(matrix);
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
         matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = Rows::size(slot_columns_);
         matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);
