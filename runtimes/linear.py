@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
 
-__all__ = ["Layout", "Runtime", "SparseLinear", "siblings", "tensor_bytes"]
+__all__ = ["Layout", "Runtime", "SparseLinear", "have_siblings", "siblings", "tensor_bytes"]
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names under which decoders keep layers that read the same input, in the order in which they call them."""
@@ -27,10 +27,12 @@ class Layout:
     Attributes:
         device: that it executes on.
         block: block size when the artifact stores blocks, else None.
+        siblings: whether layers with the same input follow or stand already, for `Runtime.finish` to join it with.
     """
 
     device: torch.device
     block: tuple[int, int] | None = None
+    siblings: bool = False
 
 
 class SparseLinear(nn.Module, ABC):
@@ -85,6 +87,13 @@ class Runtime(Protocol):
         whole model at the end.
         """
         ...
+
+
+def have_siblings(parent: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a child stands beside all that read the same input, and they are of these kinds."""
+    return any(
+        name in names and all(isinstance(getattr(parent, other, None), kinds) for other in names) for names in SIBLINGS
+    )
 
 
 def siblings(module: nn.Module, kind: type[L]) -> Iterator[tuple[nn.Module, dict[str, L]]]:

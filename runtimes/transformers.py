@@ -40,7 +40,7 @@ from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError,
 from trim_export.format import FORMAT_VERSION, METHOD, guard
 from trim_export.memory import return_freed
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
-from trim_export.runtimes.linear import Layout, Runtime, SparseLinear
+from trim_export.runtimes.linear import Layout, Runtime, SparseLinear, have_siblings
 from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
 from trim_export.runtimes.onnxruntime import is_onnx, load_onnx, verify_onnx
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
@@ -350,8 +350,11 @@ class TrimSparseQuantizer(HfQuantizer):
             except ArtifactError as error:
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
-            model.set_submodule(name, runtime.linear(matrix, module.bias, Layout(device, block)))
-            runtime.finish(model.get_submodule(name.rpartition(".")[0]))
+            path, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(path)
+            layout = Layout(device, block, have_siblings(parent, leaf, (_StoredLinear, SparseLinear)))
+            setattr(parent, leaf, runtime.linear(matrix, module.bias, layout))
+            runtime.finish(parent)
             freed += module.stored_bytes
             if freed >= _RETURN_BYTES:
                 freed = 0

@@ -18,7 +18,7 @@ from trim_export.runtimes.native.library import is_traced
 from trim_export.runtimes.native.matrix import NativeMatrix
 from trim_export.runtimes.native.policy import preference
 
-__all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "sparse_linear"]
+__all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "WaitingLinear", "sparse_linear"]
 
 
 @torch.library.custom_op("trim_export::sparse_linear", mutates_args=(), device_types="cpu")
@@ -139,6 +139,23 @@ class NativeLinear(SparseLinear):
     def matrix(self) -> SparseMatrix:
         """The stored weights, bit for bit; of int8 values their products with the scales, in float32."""
         return self.weights.ready.matrix()
+
+
+class WaitingLinear(SparseLinear):
+    """A layer whose weights are not laid out yet, because its siblings come with it; it does not execute.
+
+    Args:
+        matrix, bias, layout: as in `NativeLinear`.
+    """
+
+    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> None:
+        super().__init__(matrix.shape, bias, layout)
+        self.layout = layout
+        self._matrix = matrix
+
+    def matrix(self) -> SparseMatrix:
+        """The stored weights, bit for bit."""
+        return self._matrix
 
 
 class MaskedLinear(SparseLinear):

@@ -9,7 +9,7 @@ from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native.dense import DenseLinear
 from trim_export.runtimes.native.fused import fuse
 from trim_export.runtimes.native.library import library
-from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear
+from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, WaitingLinear
 from trim_export.runtimes.native.policy import hardly_sparse
 
 __all__ = ["NativeRuntime"]
@@ -28,11 +28,11 @@ class NativeRuntime:
         return None
 
     def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
-        """A `NativeLinear`, or a `MaskedLinear` if hardly sparse."""
+        """A `NativeLinear`, a `MaskedLinear` if hardly sparse, or what waits for its siblings to `finish`."""
         rows, columns = matrix.shape
         if hardly_sparse(1 - matrix.nnz / (rows * columns), matrix.values.dtype):
             return MaskedLinear(matrix, bias, layout)
-        return NativeLinear(matrix, bias, layout)
+        return (WaitingLinear if layout.siblings else NativeLinear)(matrix, bias, layout)
 
     def finish(self, module: nn.Module) -> None:
         """Siblings in one product, and our kernel for the single tokens of layers that stayed dense."""
