@@ -3,8 +3,9 @@
 python -m benchmarks.cpu_layers [--model Llama-2-7B] [--sparsity 0.8] [--tokens 1 128] [--threads 2] [--json FILE]
 
 All contestants take turns, in another order each round, so that a machine whose speed drifts and what the one before
-leaves in the caches treat all alike; each goes round as many copies of its weights as no cache holds. Medians and
-minima of the rounds.
+leaves in the caches treat all alike. A turn is a few products one after the other, as in a model, each with the next of
+as many copies of the weights as no cache holds; the first ones, which wake the threads, do not count, and before each
+turn the threads of the one before get the time to go to sleep. Medians and minima of all that counts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.cpu_layers.contestants import CONTESTANTS, Layer
 from benchmarks.cpu_layers.plot import plot
@@ -31,6 +33,8 @@ from trim_export.runtimes.native.library import isa
 
 COLD_BYTES = 64e6  # weights of one contestant, all copies together: more than the last cache holds
 MOST_COPIES = 24
+WAKING, COUNTED = 2, 3  # products of a turn
+PAUSE_S = 0.1
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -72,6 +76,12 @@ def main() -> None:
         console.print(plot(rows, about, options.json.with_suffix(".svg")))
 
 
+def _milliseconds(copies: Sequence[Layer], call: int, inputs: Tensor) -> float:
+    begin = time.perf_counter()
+    copies[call % len(copies)].multiply(inputs)
+    return (time.perf_counter() - begin) * 1e3
+
+
 @torch.inference_mode()
 def measure(shape: Shape, sparsity: float, tokens: Sequence[int], threads: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one matrix: each contestant at each number of tokens."""
@@ -89,10 +99,10 @@ def measure(shape: Shape, sparsity: float, tokens: Sequence[int], threads: int, 
         times: dict[str, list[float]] = {name: [] for name in layers}
         for round_ in range(rounds if count < 16 else max(rounds // 3, 3)):
             for name in shuffled.sample(list(layers), len(layers)):
-                layer = layers[name][round_ % len(layers[name])]
-                begin = time.perf_counter()
-                layer.multiply(inputs)
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                time.sleep(PAUSE_S)
+                first = round_ * (WAKING + COUNTED)
+                turn = [_milliseconds(layers[name], first + i, inputs) for i in range(WAKING + COUNTED)]
+                times[name] += turn[WAKING:]
         base = {name: statistics.median(spent) for name, spent in times.items()}
         rows += [
             {
