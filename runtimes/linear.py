@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
 
-__all__ = ["Layout", "Runtime", "SparseLinear", "siblings", "tensor_bytes"]
+__all__ = ["Layout", "Placeholder", "Runtime", "SparseLinear", "awaits_siblings", "siblings", "tensor_bytes"]
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names under which decoders keep layers that read the same input, in the order in which they call them."""
@@ -27,10 +27,16 @@ class Layout:
     Attributes:
         device: that it executes on.
         block: block size when the artifact stores blocks, else None.
+        values: dtype to hold kept weights in; None for the one they have.
     """
 
     device: torch.device
     block: tuple[int, int] | None = None
+    values: torch.dtype | None = None
+
+
+class Placeholder(nn.Module):
+    """Stands for a layer whose weights are not read yet."""
 
 
 class SparseLinear(nn.Module, ABC):
@@ -95,6 +101,12 @@ def siblings(module: nn.Module, kind: type[L]) -> Iterator[tuple[nn.Module, dict
             found = {name: layer for name in names if isinstance(layer := getattr(parent, name, None), kind)}
             if len(found) == len(names):
                 yield parent, found
+
+
+def awaits_siblings(parent: nn.Module, name: str) -> bool:
+    """Whether a layer with the same input is still to come."""
+    others = {other for names in SIBLINGS if name in names for other in names}
+    return any(isinstance(getattr(parent, other, None), Placeholder) for other in others)
 
 
 def tensor_bytes(module: nn.Module) -> int:

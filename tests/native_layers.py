@@ -73,6 +73,7 @@ def layer(matrix: SparseMatrix, stored: torch.dtype = torch.float32, bias: Tenso
     """Made as a runtime makes it, with some rows in either form."""
     with mock.patch("trim_export.runtimes.native.linear.preference", return_value=ALL_FORMS):
         if stored == torch.int8:
-            quantized, scales = quantize_rows(matrix)
-            return NativeLinear(quantized, bias, CPU, scales)
+            made = NativeLinear(matrix, bias, CPU)
+            made.quantize()
+            return made
         return NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(stored)), bias, CPU)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.int8 import quantize_rows
 from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native import NativeLinear, NativeRuntime
 
@@ -86,8 +85,8 @@ def _scipy(matrix: SparseMatrix, _: int) -> Layer:
 def _native(dtype: torch.dtype) -> Callable[[SparseMatrix, int], Layer]:
     def make(matrix: SparseMatrix, _: int) -> Layer:
         if dtype == torch.int8:
-            values, scales = quantize_rows(matrix)
-            layer = NativeLinear(values, None, CPU, scales)
+            layer = NativeLinear(matrix, None, CPU)
+            layer.quantize()
         else:
             layer = NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(dtype)), None, CPU)
         return Layer(layer, _size(*layer.buffers()))

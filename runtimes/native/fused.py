@@ -27,11 +27,11 @@ class _Shared(nn.Module):
     sibling is called alone nor when inputs were changed in place.
     """
 
-    def __init__(self, matrices: list[SparseMatrix]) -> None:
+    def __init__(self, matrices: list[SparseMatrix], to_int8: bool) -> None:
         super().__init__()
         self.rows = [matrix.shape[0] for matrix in matrices]
         stacked = SparseMatrix(torch.cat([m.mask for m in matrices]), torch.cat([m.values for m in matrices]))
-        self.weights = NativeWeights(stacked, None)
+        self.weights = NativeWeights.of(stacked, to_int8)
         self._pending: tuple[Tensor | None, dict[int, Tensor]] = (None, {})
 
     def product(self, sibling: int, inputs: Tensor) -> Tensor:
@@ -89,6 +89,6 @@ def fuse(model: nn.Module) -> None:
     for parent, layers in siblings(model, NativeLinear):
         if len({(layer.in_features, layer.weights.values.dtype) for layer in layers.values()}) > 1:
             continue
-        shared = _Shared([layer.matrix() for layer in layers.values()])
+        shared = _Shared([layer.matrix() for layer in layers.values()], any(layer.to_int8 for layer in layers.values()))
         for sibling, (name, layer) in enumerate(layers.items()):
             setattr(parent, name, FusedLinear(layer, shared, sibling))
