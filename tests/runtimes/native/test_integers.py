@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_layers import ALL_FORMS, BITMAP, LISTS, SLOTS, available, layer, needs_library, random_matrix
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trim_export.artifact import Artifact
 from trim_export.converters import SparseMatrix
 from trim_export.converters.int8 import balance_columns, quantize_rows
-from trim_export.errors import UsageError
+from trim_export.errors import ArtifactError, UsageError
 from trim_export.runtimes import SparseLinear, load, tensor_bytes
 from trim_export.runtimes.native import FusedLinear, NativeLinear, NativeMatrix, Preference, sparse_linear
 from trim_export.runtimes.native.integers import LEAST_LIMIT, MOST_LIMIT, lay_out_int8
@@ -232,14 +234,28 @@ def test_a_model_is_loaded_with_rounded_values(pruned: Callable[..., Artifact], 
 
 def test_what_cannot_be_loaded_so_is_refused(pruned: Callable[..., Artifact], tmp_path: Path) -> None:
     path = pruned("llama").path
-    with pytest.raises(UsageError, match="unknown form of values 'int4' .*known: bfloat16, int8, stored"):
+    with pytest.raises(UsageError, match=r"unknown form of values 'int4' .*known: bfloat16, int8, stored"):
         load(path, "native", values="int4")
     for runtime in ("torch-sparse", "dense"):
         message = f"runtime {runtime} holds values as they are stored; choose native or leave --values out"
         with pytest.raises(UsageError, match=message):
             load(path, runtime, values="int8")
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UsageError, match="convert --to onnx decides on values; leave --values out"):
+        load(tmp_path, values="int8")
     with pytest.raises(UsageError, match="rounded values is not what was stored"):
         load(path, "native", values="int8").save_pretrained(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_named(pruned: Callable[..., Artifact], tmp_path: Path) -> None:
+    damaged = tmp_path / "artifact"
+    shutil.copytree(pruned("llama").path, damaged)
+    shard = damaged / "block-00000.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.0.mlp.up_proj.weight_values"][3] = math.inf
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"model.layers.0.mlp.up_proj: holds NaN or infinity, which cannot be"):
+        load(damaged, "native", values="int8")
 
 
 @pytest.mark.parametrize(
