@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
 
-__all__ = ["Layout", "Placeholder", "Runtime", "SparseLinear", "awaits_siblings", "siblings", "tensor_bytes"]
+__all__ = ["Layout", "Runtime", "SparseLinear", "have_siblings", "siblings", "tensor_bytes"]
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names under which decoders keep layers that read the same input, in the order in which they call them."""
@@ -27,16 +27,14 @@ class Layout:
     Attributes:
         device: that it executes on.
         block: block size when the artifact stores blocks, else None.
+        siblings: whether layers with the same input follow or stand already, for `Runtime.finish` to join it with.
         values: dtype to hold kept weights in; None for the one they have.
     """
 
     device: torch.device
     block: tuple[int, int] | None = None
+    siblings: bool = False
     values: torch.dtype | None = None
-
-
-class Placeholder(nn.Module):
-    """Stands for a layer whose weights are not read yet."""
 
 
 class SparseLinear(nn.Module, ABC):
@@ -93,6 +91,13 @@ class Runtime(Protocol):
         ...
 
 
+def have_siblings(parent: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a child stands beside all that read the same input, and they are of these kinds."""
+    return any(
+        name in names and all(isinstance(getattr(parent, other, None), kinds) for other in names) for names in SIBLINGS
+    )
+
+
 def siblings(module: nn.Module, kind: type[L]) -> Iterator[tuple[nn.Module, dict[str, L]]]:
     """Each parent of layers with the same input, and those layers by name, where all of them are of one kind."""
     # Parents only: what a sibling held is to be freed when it is replaced, not when all are.
@@ -101,12 +106,6 @@ def siblings(module: nn.Module, kind: type[L]) -> Iterator[tuple[nn.Module, dict
             found = {name: layer for name in names if isinstance(layer := getattr(parent, name, None), kind)}
             if len(found) == len(names):
                 yield parent, found
-
-
-def awaits_siblings(parent: nn.Module, name: str) -> bool:
-    """Whether a layer with the same input is still to come."""
-    others = {other for names in SIBLINGS if name in names for other in names}
-    return any(isinstance(getattr(parent, other, None), Placeholder) for other in others)
 
 
 def tensor_bytes(module: nn.Module) -> int:

@@ -40,7 +40,7 @@ from trim_export.errors import ArtifactError, EnvironmentLacks, TrimExportError,
 from trim_export.format import FORMAT_VERSION, METHOD, guard
 from trim_export.memory import return_freed
 from trim_export.runtimes.dense import DenseRuntime, dense_linear
-from trim_export.runtimes.linear import Layout, Placeholder, Runtime, SparseLinear
+from trim_export.runtimes.linear import Layout, Runtime, SparseLinear, have_siblings
 from trim_export.runtimes.native import NativeRuntime, QuantizedLinear, quantize_head
 from trim_export.runtimes.onnxruntime import is_onnx, load_onnx, verify_onnx
 from trim_export.runtimes.torch_sparse import TorchSparseRuntime
@@ -288,7 +288,7 @@ class _Header:
     dtype: str
 
 
-class _StoredLinear(Placeholder):
+class _StoredLinear(nn.Module):
     """Placeholder while weights are read: parameters named and shaped as they are stored."""
 
     def __init__(self, linear: nn.Linear, headers: Mapping[str, _Header]) -> None:
@@ -371,12 +371,15 @@ class TrimSparseQuantizer(HfQuantizer):
                 matrix = module.decode(self.encoding)
             except ArtifactError as error:
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
-            if settings.values == "int8" and not matrix.values.isfinite().all():
+            values = VALUES[settings.values]
+            if values is torch.int8 and not matrix.values.isfinite().all():
                 raise ArtifactError(f"{module.file}: {name}: holds NaN or infinity, which cannot be rounded to int8")
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
-            layout = Layout(device, block, VALUES[settings.values])
-            model.set_submodule(name, runtime.linear(matrix, module.bias, layout))
-            runtime.finish(model.get_submodule(name.rpartition(".")[0]))
+            path, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(path)
+            siblings = have_siblings(parent, leaf, (_StoredLinear, SparseLinear))
+            setattr(parent, leaf, runtime.linear(matrix, module.bias, Layout(device, block, siblings, values)))
+            runtime.finish(parent)
             freed += module.stored_bytes
             if freed >= _RETURN_BYTES:
                 freed = 0

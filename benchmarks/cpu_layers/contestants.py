@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,11 +85,7 @@ def _scipy(matrix: SparseMatrix, _: int) -> Layer:
 
 def _native(dtype: torch.dtype) -> Callable[[SparseMatrix, int], Layer]:
     def make(matrix: SparseMatrix, _: int) -> Layer:
-        if dtype == torch.int8:
-            layer = NativeLinear(matrix, None, CPU)
-            layer.quantize()
-        else:
-            layer = NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(dtype)), None, CPU)
+        layer = NativeLinear(matrix, None, replace(CPU, values=dtype))
         return Layer(layer, _size(*layer.buffers()))
 
     return make
@@ -132,15 +129,23 @@ def _onnxruntime(bits: int | None) -> Callable[[SparseMatrix, int], Layer]:
         graph = helper.make_graph([node], "layer", *ends, weights)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        _share_threads(threads)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.use_per_session_threads = False
         providers = ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
         nbytes = sum(len(weight.raw_data) for weight in weights)
         return Layer(lambda x: session.run(None, {"x": x.numpy()}), nbytes)
 
     return make
+
+
+@functools.cache
+def _share_threads(threads: int) -> None:
+    """Let sessions, one for each copy of the weights, wait for work with the same threads, as one model would."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def _blockwise(dense: Any, bits: int) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "native bfloat16": {"color": "#0b2545", "marker": "o", "linestyle": "-"},
     "native int8": {"color": "#0b2545", "marker": "^", "linestyle": (0, (5, 2))},
     "torch CSR float32": {"color": "#8a8a8a", "marker": "s", "linestyle": (0, (1, 1.5))},
+    "deepsparse float32": {"color": "#8a8a8a", "marker": "v", "linestyle": (0, (4, 1.5, 1, 1.5))},
     "torch dense bfloat16": {"color": "#6f6f6f", "marker": "", "linestyle": (0, (5, 2))},
     "onnxruntime 4 bits": {"color": "#6f6f6f", "marker": "x", "linestyle": (0, (1, 1.5))},
 }
@@ -34,7 +35,7 @@ def plot(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path
         for panel, tokens in zip(panels, counts, strict=True):
             draw_over_sparsity(panel, [row for row in rows if row["tokens"] == tokens], STYLES, "times_float32", 1)
             panel.set(title=f"{tokens} token{'s' * (tokens > 1)}", ylabel="x torch dense float32")
-        first = [row for row in rows if row["tokens"] == counts[0]]
+        first = [row for row in rows if row["tokens"] == counts[0] and row["gb_per_s"] is not None]
         draw_over_sparsity(roof, first, STYLES, "gb_per_s", about["read_gb_per_s"])
         roof.set(title="weights read, 1 token", ylabel="GB/s (line: what the memory gives)")
         roof.legend(fontsize=7)

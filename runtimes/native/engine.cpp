@@ -3,6 +3,7 @@
 #include "trim_native.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -124,9 +125,18 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
-// What a thread of OpenMP must at least have to do, in listed weights, for waking it to pay: about 50 us, as long as
-// waking a sleeping thread was seen to take.
-constexpr std::int32_t kLeastShare = 150000;
+// What a share must at least be, in listed weights, for a thread of OpenMP to pay. Threads that wait for work are there
+// within some microseconds; to wake one that sleeps was seen to take about 50.
+constexpr std::int32_t kLeastShare = 8000, kLeastShareOfSleepers = 150000;
+
+// Whether OpenMP sends threads to sleep as soon as there is nothing to do. It does so only when told to.
+bool threads_sleep() {
+    static const bool sleep = [] {
+        const char* const policy = std::getenv("OMP_WAIT_POLICY");
+        return policy != nullptr && (policy[0] == 'p' || policy[0] == 'P');  // "passive", in any case
+    }();
+    return sleep;
+}
 
 // What there is to do costs, in listed weights: of a bitmap each column, kept or not, and each kept one besides; each step
 // of slots.
@@ -197,8 +207,8 @@ constexpr std::int32_t kMostShares = kMostThreads * kSharesOfThread;
 
 // The threads of OpenMP, if it is there; none where there cannot be so many.
 TrimNativePool own_threads(std::int32_t& threads) {
-    if (threads < 1 || threads > kMostThreads) return {0, kLeastShare, nullptr, nullptr};
-    return {threads == 1 ? 1 : threads * kSharesOfThread, kLeastShare,
+    if (threads < 1 || threads > kMostThreads) return {0, 0, nullptr, nullptr};
+    return {threads == 1 ? 1 : threads * kSharesOfThread, threads_sleep() ? kLeastShareOfSleepers : kLeastShare,
             [](void* context, std::int32_t count, void (*work)(void*, std::int32_t), void* task) {
                 [[maybe_unused]] const std::int32_t most = *static_cast<std::int32_t*>(context);
 #pragma omp parallel for num_threads(count < most ? count : most) schedule(dynamic, 1)  // or one after the other

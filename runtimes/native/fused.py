@@ -6,16 +6,16 @@ still asks its layers one after the other: the first to be asked multiplies for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.runtimes.linear import Layout, SparseLinear, siblings
+from trim_export.runtimes.linear import SparseLinear, siblings
 from trim_export.runtimes.native.library import is_traced
-from trim_export.runtimes.native.linear import NativeLinear, NativeWeights
+from trim_export.runtimes.native.linear import NativeLinear, NativeWeights, WaitingLinear
 
 __all__ = ["FusedLinear", "fuse"]
 
@@ -27,11 +27,11 @@ class _Shared(nn.Module):
     sibling is called alone nor when inputs were changed in place.
     """
 
-    def __init__(self, matrices: list[SparseMatrix], to_int8: bool) -> None:
+    def __init__(self, matrices: list[SparseMatrix], values: torch.dtype | None) -> None:
         super().__init__()
         self.rows = [matrix.shape[0] for matrix in matrices]
         stacked = SparseMatrix(torch.cat([m.mask for m in matrices]), torch.cat([m.values for m in matrices]))
-        self.weights = NativeWeights.of(stacked, to_int8)
+        self.weights = NativeWeights.of(stacked, values)
         self._pending: tuple[Tensor | None, dict[int, Tensor]] = (None, {})
 
     def product(self, sibling: int, inputs: Tensor) -> Tensor:
@@ -63,9 +63,8 @@ class _Shared(nn.Module):
 class FusedLinear(SparseLinear):
     """One of several layers with the same inputs."""
 
-    def __init__(self, original: NativeLinear, shared: _Shared, sibling: int) -> None:
-        layout = Layout(torch.device("cpu"), original.block)
-        super().__init__((original.out_features, original.in_features), original.bias, layout)
+    def __init__(self, original: WaitingLinear, shared: _Shared, sibling: int) -> None:
+        super().__init__((original.out_features, original.in_features), original.bias, original.layout)
         self.bias = original.bias
         self.shared = shared
         self.sibling = sibling
@@ -84,11 +83,15 @@ class FusedLinear(SparseLinear):
         return SparseMatrix(mask, whole.values[before : before + int(mask.sum())])
 
 
-def fuse(model: nn.Module) -> None:
-    """Make siblings of a model one product, where all of them are native and have values of one dtype."""
-    for parent, layers in siblings(model, NativeLinear):
-        if len({(layer.in_features, layer.weights.values.dtype) for layer in layers.values()}) > 1:
-            continue
-        shared = _Shared([layer.matrix() for layer in layers.values()], any(layer.to_int8 for layer in layers.values()))
-        for sibling, (name, layer) in enumerate(layers.items()):
-            setattr(parent, name, FusedLinear(layer, shared, sibling))
+def fuse(module: nn.Module) -> None:
+    """Lay out the siblings within a module that have all been read: as one product if they have values of one dtype."""
+    for parent, layers in siblings(module, SparseLinear):  # type: ignore[type-abstract]  # only compared with
+        waiting = {name: layer for name, layer in layers.items() if isinstance(layer, WaitingLinear)}
+        matrices = [layer.matrix() for layer in waiting.values()]
+        if len(waiting) == len(layers) and len({(m.shape[1], m.values.dtype) for m in matrices}) == 1:
+            shared = _Shared(matrices, next(iter(waiting.values())).layout.values)
+            made: Iterable[nn.Module] = (FusedLinear(layer, shared, i) for i, layer in enumerate(waiting.values()))
+        else:
+            made = (NativeLinear(layer.matrix(), layer.bias, layer.layout) for layer in waiting.values())
+        for name, layer in zip(waiting, made, strict=True):
+            setattr(parent, name, layer)

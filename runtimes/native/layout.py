@@ -13,6 +13,7 @@ from trim_export.converters import Bitmap4x64, SparseMatrix
 from trim_export.converters.sell8 import BLOCK
 from trim_export.runtimes.native.library import TAIL, VALUE_TYPES, address, refuse, required
 from trim_export.runtimes.native.matrix import GROUP, NativeMatrix
+from trim_export.runtimes.native.pages import zeros
 
 __all__ = ["LIST_COLUMNS", "Preference", "lay_out"]
 
@@ -107,10 +108,10 @@ def _blocks(
     slot_start, list_start = torch.zeros(2, -(-len(order) // BLOCK) + 1, dtype=torch.int64)
     starts = address(slot_start), address(list_start), len(slot_start)
     status = required().trim_native_plan(ctypes.byref(given), step_cost, *starts)
-    slot_columns = torch.zeros(int(slot_start[-1]), dtype=torch.int32)
-    slot_values = torch.zeros(len(slot_columns) * BLOCK, dtype=values.dtype)
-    list_columns = torch.zeros(int(list_start[-1]), dtype=torch.int16)
-    list_values = torch.zeros(len(list_columns), dtype=values.dtype)
+    slot_columns = zeros((int(slot_start[-1]),), torch.int32)
+    slot_values = zeros((len(slot_columns) * BLOCK,), values.dtype)
+    list_columns = zeros((int(list_start[-1]),), torch.int16)
+    list_values = zeros((len(list_columns),), values.dtype)
     arrays = slot_columns, slot_values, list_columns, list_values
     status = status or required().trim_native_lay_out(
         ctypes.byref(given), starts[0], starts[1], starts[2], *map(address, arrays)

@@ -19,7 +19,7 @@ from trim_export.runtimes.native.library import is_traced
 from trim_export.runtimes.native.matrix import NativeMatrix
 from trim_export.runtimes.native.policy import preference
 
-__all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "sparse_linear"]
+__all__ = ["MaskedLinear", "NativeLinear", "NativeWeights", "WaitingLinear", "sparse_linear"]
 
 
 @torch.library.custom_op("trim_export::sparse_linear", mutates_args=(), device_types="cpu")
@@ -85,11 +85,12 @@ class NativeWeights(nn.Module):
         self._ready: NativeMatrix | None = ready
 
     @classmethod
-    def of(cls, matrix: SparseMatrix, to_int8: bool = False) -> NativeWeights:
-        """In the forms that are fastest here; rounded to int8 or as they are."""
-        if to_int8:
-            return cls(lay_out_int8(matrix, preference(torch.int8)))
-        return cls(lay_out(matrix, None, preference(matrix.values.dtype)))
+    def of(cls, matrix: SparseMatrix, values: torch.dtype | None) -> NativeWeights:
+        """In the forms that are fastest here, with values in this dtype or, for None, in their own."""
+        dtype = values or matrix.values.dtype
+        if dtype is torch.int8:
+            return cls(lay_out_int8(matrix, preference(dtype)))
+        return cls(lay_out(SparseMatrix(matrix.mask, matrix.values.to(dtype)), None, preference(dtype)))
 
     @property
     def ready(self) -> NativeMatrix:
@@ -126,21 +127,11 @@ class NativeWeights(nn.Module):
 
 
 class NativeLinear(SparseLinear):
-    """A layer that the native kernels execute; values stay in their dtype.
-
-    Attributes:
-        to_int8: whether they are still to be rounded to int8 (`quantize`), but as a whole with those of its siblings.
-    """
+    """A layer that the native kernels execute; values stay in their dtype unless the layout says another."""
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> None:
         super().__init__(matrix.shape, bias, layout)
-        self.weights = NativeWeights.of(matrix)
-        self.to_int8 = layout.values is torch.int8
-
-    def quantize(self) -> None:
-        """Round values to int8, once."""
-        self.weights = NativeWeights.of(self.matrix(), to_int8=True)
-        self.to_int8 = False
+        self.weights = NativeWeights.of(matrix, layout.values)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in the dtype of the inputs."""
@@ -150,6 +141,23 @@ class NativeLinear(SparseLinear):
     def matrix(self) -> SparseMatrix:
         """The stored weights, bit for bit; of int8 values their products with all scales, in float32."""
         return self.weights.ready.matrix()
+
+
+class WaitingLinear(SparseLinear):
+    """A layer whose weights are not laid out yet, because its siblings come with it; it does not execute.
+
+    Args:
+        matrix, bias, layout: as in `NativeLinear`.
+    """
+
+    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> None:
+        super().__init__(matrix.shape, bias, layout)
+        self.layout = layout
+        self._matrix = matrix
+
+    def matrix(self) -> SparseMatrix:
+        """The stored weights, bit for bit."""
+        return self._matrix
 
 
 class MaskedLinear(SparseLinear):

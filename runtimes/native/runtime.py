@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from trim_export.converters import SparseMatrix
-from trim_export.runtimes.linear import Layout, awaits_siblings
+from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native.dense import DenseLinear
 from trim_export.runtimes.native.fused import fuse
 from trim_export.runtimes.native.library import library
-from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear
+from trim_export.runtimes.native.linear import MaskedLinear, NativeLinear, WaitingLinear
 from trim_export.runtimes.native.policy import hardly_sparse
 
 __all__ = ["NativeRuntime"]
@@ -29,21 +28,15 @@ class NativeRuntime:
         return None
 
     def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
-        """A `NativeLinear`, or a `MaskedLinear` if hardly sparse; that one keeps its values."""
+        """A `NativeLinear`, a `MaskedLinear` as stored if hardly sparse, or what waits for its siblings to `finish`."""
         rows, columns = matrix.shape
         if hardly_sparse(1 - matrix.nnz / (rows * columns), matrix.values.dtype):
             return MaskedLinear(matrix, bias, layout)
-        if layout.values is not None and layout.values is not torch.int8:
-            matrix = SparseMatrix(matrix.mask, matrix.values.to(layout.values))
-        return NativeLinear(matrix, bias, layout)
+        return (WaitingLinear if layout.siblings else NativeLinear)(matrix, bias, layout)
 
     def finish(self, module: nn.Module) -> None:
-        """Siblings in one product, values in int8, and our kernel for the single tokens of layers that stayed dense."""
+        """Siblings in one product, and our kernel for the single tokens of layers that stayed dense."""
         fuse(module)
-        for parent in list(module.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, NativeLinear) and layer.to_int8 and not awaits_siblings(parent, name):
-                    layer.quantize()
         for name, part in list(module.named_modules()):
             if type(part) is nn.Linear:
                 module.set_submodule(name, DenseLinear(part))

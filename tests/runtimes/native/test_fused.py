@@ -7,23 +7,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from native_layers import layer, needs_library, random_matrix
+from native_layers import CPU, needs_library, random_matrix
 from strategies import assert_same
 from torch import Tensor, nn
 
 from trim_export.artifact import Artifact
+from trim_export.converters import SparseMatrix
 from trim_export.runtimes import SparseLinear, load, tensor_bytes
-from trim_export.runtimes.native import DenseLinear, FusedLinear, NativeLinear, fuse
+from trim_export.runtimes.native import DenseLinear, FusedLinear, MaskedLinear, NativeLinear, fuse
+from trim_export.runtimes.native.linear import WaitingLinear
 
 pytestmark = needs_library
 
 
 class Siblings(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
+    """The same three layers each time, as the loader leaves them or each by itself."""
+
+    def __init__(self, kind: type[NativeLinear] | type[WaitingLinear], bias: bool = False) -> None:
         super().__init__()
         for seed, (name, rows) in enumerate({"q_proj": 12, "k_proj": 5, "v_proj": 7}.items()):
-            made = layer(random_matrix(rows, 70, 0.3, seed), torch.float32, torch.randn(rows) if bias else None)
-            setattr(self, name, made)
+            setattr(self, name, kind(random_matrix(rows, 70, 0.3, seed), torch.ones(rows) if bias else None, CPU))
 
     def forward(self, inputs: Tensor) -> list[Tensor]:
         return [getattr(self, name)(inputs) for name in ("q_proj", "k_proj", "v_proj")]
@@ -32,8 +35,7 @@ class Siblings(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 70), (2, 3, 70), (70,)])
 def test_siblings_give_what_they_gave_alone(bias: bool, shape: tuple[int, ...]) -> None:
-    alone = Siblings(bias)
-    together = copy.deepcopy(alone)
+    alone, together = Siblings(NativeLinear, bias), Siblings(WaitingLinear, bias)
     fuse(together)
     assert isinstance(together.q_proj, FusedLinear)
     for _ in range(2):
@@ -44,8 +46,7 @@ def test_siblings_give_what_they_gave_alone(bias: bool, shape: tuple[int, ...]) 
 
 
 def test_nobody_gets_the_product_of_other_inputs() -> None:
-    alone = Siblings()
-    together = copy.deepcopy(alone)
+    alone, together = Siblings(NativeLinear), Siblings(WaitingLinear)
     fuse(together)
     inputs = torch.randn(1, 70)
     together.q_proj(inputs)
@@ -60,7 +61,7 @@ def test_nobody_gets_the_product_of_other_inputs() -> None:
 
 
 def test_a_cast_leaves_no_product_of_the_old_weights() -> None:
-    together = Siblings()
+    together = Siblings(WaitingLinear)
     fuse(together)
     inputs = torch.randn(2, 70)
     together.q_proj(inputs)
@@ -70,8 +71,7 @@ def test_a_cast_leaves_no_product_of_the_old_weights() -> None:
 
 
 def test_a_product_that_was_fetched_can_be_changed() -> None:
-    alone = Siblings()
-    together = copy.deepcopy(alone)
+    alone, together = Siblings(NativeLinear), Siblings(WaitingLinear)
     fuse(together)
     inputs = torch.randn(2, 70)
     expected = alone(inputs)
@@ -81,24 +81,36 @@ def test_a_product_that_was_fetched_can_be_changed() -> None:
 
 
 def test_they_weigh_what_they_weighed() -> None:
-    alone = Siblings()
-    together = copy.deepcopy(alone)
+    alone, together = Siblings(NativeLinear), Siblings(WaitingLinear)
     fuse(together)
     assert tensor_bytes(together) <= tensor_bytes(alone) * 1.2  # rows are grouped anew
 
 
 def test_unequal_layers_stay_apart() -> None:
-    siblings = Siblings()
-    siblings.v_proj = layer(random_matrix(7, 70), torch.bfloat16)
+    wide = random_matrix(7, 70)
+    halves = WaitingLinear(SparseMatrix(wide.mask, wide.values.bfloat16()), None, CPU)
+    for other in (halves, MaskedLinear(wide, None, CPU)):
+        siblings, inputs = Siblings(WaitingLinear), torch.randn(2, 70)
+        siblings.v_proj = other
+        fuse(siblings)
+        assert isinstance(siblings.q_proj, NativeLinear)
+        torch.testing.assert_close(siblings.q_proj(inputs), Siblings(NativeLinear).q_proj(inputs), rtol=0, atol=0)
+        expected = inputs @ other.matrix().to_dense().float().T
+        torch.testing.assert_close(siblings.v_proj(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_waits_until_its_siblings_are_there() -> None:
+    siblings, last = Siblings(WaitingLinear), Siblings(WaitingLinear).v_proj
+    siblings.v_proj = nn.Identity()
     fuse(siblings)
-    siblings.v_proj = nn.Linear(70, 7)
+    assert isinstance(siblings.q_proj, WaitingLinear)
+    siblings.v_proj = last
     fuse(siblings)
-    assert isinstance(siblings.q_proj, NativeLinear)
+    assert isinstance(siblings.q_proj, FusedLinear)
 
 
 def test_compiled_siblings_need_no_python() -> None:
-    alone = Siblings()
-    together = copy.deepcopy(alone)
+    alone, together = Siblings(NativeLinear), Siblings(WaitingLinear)
     fuse(together)
     inputs = torch.randn(4, 70)
     compiled = torch.compile(together, fullgraph=True, backend="aot_eager")
