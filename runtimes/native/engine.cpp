@@ -444,8 +444,8 @@ std::int32_t multiply_rounded(const TrimNativeMatrix& given, const Matrix& matri
         factors[t] = round_token(inputs + t * input_stride, matrix.columns, given.input_scales, given.input_limit,
                                  rounded + t * matrix.columns);
     });
-    const std::int32_t status = multiply(matrix, kernels, given.value_type, few, rounded, tokens, matrix.columns, outputs,
-                                         output_stride, pool);
+    const std::int32_t status = multiply(matrix, kernels, given.value_type, few, rounded, tokens, matrix.columns,
+                                         outputs, output_stride, pool);
     if (status) return status;
     for_each_token(matrix.rows, [&](std::int64_t t) {
         float* const y = outputs + t * output_stride;

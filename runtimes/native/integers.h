@@ -1,5 +1,5 @@
-// Inputs rounded to integers, so that 8-bit values are multiplied without error: a float holds every integer up to 2^24,
-// and while no sum of |value| * |input| is larger, sums of products are exact in whatever order they are added.
+// Inputs rounded to integers, so that 8-bit values are multiplied without error: a float holds every integer up to
+// 2^24, and while no sum of |value| * |input| is larger, sums of products are exact in whatever order they are added.
 //
 // Whatever is multiplied by here is a power of two and loses nothing, so that the only rounding is the one to integers,
 // and the same on any processor, also where a compiler makes one instruction of a product and a sum.
@@ -15,9 +15,9 @@ namespace trim {
 // Inputs can be rounded to integers up to here.
 constexpr std::int32_t kMostInput = 1 << 22;
 
-// Writes one token's inputs, multiplied by `scales` if there are any, and by the power of two that makes the largest of
-// them as large as the limit allows; rounded to the nearest integer, half to even. Limit 0: neither multiplied by it nor
-// rounded. Returns what the outputs are then to be multiplied by: NaN where an input is none or infinite.
+// Writes one token's inputs, multiplied by `scales` if there are any, and by the largest power of two with which none
+// exceeds the limit; rounded to the nearest integer, half to even. With limit 0 they are only multiplied by scales.
+// Returns what the outputs are then to be multiplied by: NaN where an input is NaN or infinite.
 inline float round_token(const float* inputs, std::int64_t columns, const float* scales, std::int32_t limit,
                          float* rounded) {
     constexpr std::uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;

@@ -118,10 +118,10 @@ typedef struct TrimNativePool {
 // The result has the same bits for any number of threads. It does not depend on how many tokens there are either, but
 // that a few are multiplied one by one, and more of them together. On an error status outputs hold nothing of use.
 //
-// With an input limit each token's inputs are first made integers up to the limit: multiplied by the largest power of two
-// that allows it, by which the outputs are divided again, and rounded half to even. If then no row's sum of |value| times
-// the limit is 2^24 or more, the result has the same bits for any number of tokens and any instruction set too: the exact
-// sum, rounded to float when it is multiplied by the scale of its row. All outputs of a token with NaN or infinity are NaN.
+// With an input limit each token's inputs are first made integers up to the limit: multiplied by the largest power of
+// two that allows it, by which the outputs are divided again, and rounded half to even. If then no row's sum of |value|
+// times the limit is 2^24 or more, the result has the same bits for any number of tokens and any instruction set too:
+// the exact sum, rounded once, when it is multiplied by the scale of its row. A token with NaN or infinity gives NaN.
 TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);

@@ -237,7 +237,9 @@ void check_integers(std::int64_t rows, std::int64_t columns, double density, std
         most = std::max(most, sum);
     }
     std::vector<float> powers;
-    for (std::int64_t j = 0; j < columns; ++j) powers.push_back(std::ldexp(1.0f, static_cast<int>(generator() % 9) - 4));
+    for (std::int64_t j = 0; j < columns; ++j) {
+        powers.push_back(std::ldexp(1.0f, static_cast<int>(generator() % 9) - 4));
+    }
     const Array<float> input_scales(powers);
     const auto limit = static_cast<std::int32_t>(std::min<std::int64_t>(((1 << 24) - 1) / most, 1 << 22));
     TrimNativeMatrix m = problem.matrix;
