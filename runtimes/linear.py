@@ -28,11 +28,13 @@ class Layout:
         device: that it executes on.
         block: block size when the artifact stores blocks, else None.
         siblings: whether layers with the same input follow or stand already, for `Runtime.finish` to join it with.
+        values: dtype to hold kept weights in; None for the one they have.
     """
 
     device: torch.device
     block: tuple[int, int] | None = None
     siblings: bool = False
+    values: torch.dtype | None = None
 
 
 class SparseLinear(nn.Module, ABC):

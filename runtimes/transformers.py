@@ -70,6 +70,11 @@ RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _KNOWN}
 LM_HEADS = {"stored": "stored", "int8": "int8"}
 """Forms in which an LM head can be held."""
 
+VALUES = {"stored": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Forms in which kept weights can be held: their dtypes."""
+
+_ROUNDS_VALUES = NativeRuntime.name  # the one that can hold them in another form than they are stored in
+
 STORED_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -89,6 +94,7 @@ def load(
     *,
     check_hashes: bool = False,
     lm_head: str = "stored",
+    values: str = "stored",
 ) -> PreTrainedModel:
     """Load an artifact for execution; never touches the network, runs no code of the artifact's and no pickle.
 
@@ -101,6 +107,7 @@ def load(
         check_hashes: compare every file with the manifest before it is read. The structure of every matrix is
             checked anyway; only this finds a value that became another. NaN is found by ``trim-export check``.
         lm_head: a name in `LM_HEADS`: as it is stored, or with the embedding tied to it in ``int8`` (not exact).
+        values: a name in `VALUES`: kept weights as they are stored, or rounded (not exact); runtime ``native`` only.
 
     Raises:
         ArtifactError: unfinished, damaged or inconsistent; names file, module and reason.
@@ -109,9 +116,9 @@ def load(
     """
     root = Path(directory)
     if is_onnx(root):
-        return _load_onnx(root, runtime, device, lm_head, check_hashes)
-    pick_runtime(runtime, torch.device(device).type)
+        return _load_onnx(root, runtime, device, (lm_head, values), check_hashes)
     choose("LM head", lm_head, LM_HEADS)
+    _pick_runtime_for(values, runtime, torch.device(device).type)
     _refuse_foreign_directory(root)
     if check_hashes:
         problems = verify_hashes(open_artifact(root))
@@ -123,7 +130,7 @@ def load(
         if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
             raise ArtifactError(f"{directory}: config.json does not describe a trim-export artifact")
         _refuse_incredible_depth(root, config)
-        settings["runtime"] = runtime
+        settings["runtime"], settings["values"] = runtime, values
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             root,
             config=config,
@@ -139,12 +146,13 @@ def load(
     return model
 
 
-def _load_onnx(root: Path, runtime: str, device: str, lm_head: str, check_hashes: bool) -> PreTrainedModel:
+def _load_onnx(root: Path, runtime: str, device: str, forms: tuple[str, str], check_hashes: bool) -> PreTrainedModel:
     """What an ONNX directory is was decided when it was made; only how it executes is left to choose."""
     if torch.device(device).type != "cpu":
         raise UsageError(f"{root}: an ONNX model executes on the CPU, not on {device}")
-    if lm_head != "stored":
-        raise UsageError(f"{root}: convert --to onnx decides on the LM head; leave --lm-head out")
+    for option, what, form in zip(("--lm-head", "--values"), ("the LM head", "values"), forms, strict=True):
+        if form != "stored":
+            raise UsageError(f"{root}: convert --to onnx decides on {what}; leave {option} out")
     if check_hashes:
         problems = verify_onnx(root)
         if problems:
@@ -167,6 +175,17 @@ def pick_runtime(name: str, device: str = "cpu") -> Runtime:
     reason = runtime.unavailable()
     if reason:
         raise EnvironmentLacks(f"runtime {name}: {reason}")
+    return runtime
+
+
+def _pick_runtime_for(values: str, name: str, device: str) -> Runtime:
+    """`pick_runtime`, and `UsageError` where it cannot hold values in that form."""
+    choose("form of values", values, VALUES)
+    runtime = pick_runtime(name, device)
+    if values != "stored" and runtime.name != _ROUNDS_VALUES:
+        raise UsageError(
+            f"runtime {runtime.name} holds values as they are stored; choose {_ROUNDS_VALUES} or leave --values out"
+        )
     return runtime
 
 
@@ -223,7 +242,7 @@ class TrimSparseConfig(QuantizationConfigMixin):
         format_version: of the artifact.
         encoding: name in `ENCODINGS`.
         modules: names of the pruned linear modules.
-        runtime: chosen at load, never stored.
+        runtime, values: chosen at load, never stored.
     """
 
     def __init__(
@@ -232,6 +251,7 @@ class TrimSparseConfig(QuantizationConfigMixin):
         encoding: str = "bitmap",
         modules: Sequence[str] = (),
         runtime: str = "auto",
+        values: str = "stored",
         how_to_load: str = "",
         **unknown: Any,
     ) -> None:
@@ -251,11 +271,12 @@ class TrimSparseConfig(QuantizationConfigMixin):
         self.encoding = encoding
         self.modules = list(modules)
         self.runtime = runtime
+        self.values = values
         self.how_to_load = how_to_load
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json."""
-        return {name: value for name, value in super().to_dict().items() if name != "runtime"}
+        return {name: value for name, value in super().to_dict().items() if name not in ("runtime", "values")}
 
 
 @dataclass(frozen=True)
@@ -344,16 +365,20 @@ class TrimSparseQuantizer(HfQuantizer):
             device = next(module.parameters()).device
             if device.type == "meta":
                 raise EnvironmentLacks(f"{name}: sparse layers cannot be offloaded; load the model to one device")
-            runtime = pick_runtime(self.quantization_config.runtime, device.type)
+            settings = self.quantization_config
+            runtime = _pick_runtime_for(settings.values, settings.runtime, device.type)
             try:
                 matrix = module.decode(self.encoding)
             except ArtifactError as error:
                 raise ArtifactError(f"{module.file}: {name}: {error}") from error
+            values = VALUES[settings.values]
+            if values is torch.int8 and not matrix.values.isfinite().all():
+                raise ArtifactError(f"{module.file}: {name}: holds NaN or infinity, which cannot be rounded to int8")
             block = _block_of(module) if isinstance(self.encoding, Bsr) else None
             path, _, leaf = name.rpartition(".")
             parent = model.get_submodule(path)
-            layout = Layout(device, block, have_siblings(parent, leaf, (_StoredLinear, SparseLinear)))
-            setattr(parent, leaf, runtime.linear(matrix, module.bias, layout))
+            siblings = have_siblings(parent, leaf, (_StoredLinear, SparseLinear))
+            setattr(parent, leaf, runtime.linear(matrix, module.bias, Layout(device, block, siblings, values)))
             runtime.finish(parent)
             freed += module.stored_bytes
             if freed >= _RETURN_BYTES:
@@ -370,6 +395,8 @@ class TrimSparseQuantizer(HfQuantizer):
         """The model's tensors with every sparse layer in the artifact's encoding again."""
         if isinstance(model.get_output_embeddings(), QuantizedLinear):
             raise UsageError("a model with an 8-bit LM head is not what was stored; load it without to save it")
+        if self.quantization_config.values != "stored":
+            raise UsageError("a model with rounded values is not what was stored; load it without to save it")
         state = dict(model.state_dict())
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -72,7 +73,4 @@ def laid_out(matrix: SparseMatrix, stored: torch.dtype, form: Preference) -> Nat
 def layer(matrix: SparseMatrix, stored: torch.dtype = torch.float32, bias: Tensor | None = None) -> NativeLinear:
     """Made as a runtime makes it, with some rows in either form."""
     with mock.patch("trim_export.runtimes.native.linear.preference", return_value=ALL_FORMS):
-        if stored == torch.int8:
-            quantized, scales = quantize_rows(matrix)
-            return NativeLinear(quantized, bias, CPU, scales)
-        return NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(stored)), bias, CPU)
+        return NativeLinear(matrix, bias, replace(CPU, values=stored))

@@ -138,13 +138,13 @@ def test_bench_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], t
     run(
         *("bench", artifact[0], "--batch", 1, "--batch", 2, "--prompt", 8, "--generate", 3, "--repeats", 1),
         *("--threads", 1, "--json", tmp_path / "b.json"),
-        *(("--lm-head", "int8") if "native" in available_runtimes() else ()),
+        *(("--lm-head", "int8", "--values", "int8") if "native" in available_runtimes() else ()),
     )
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["machine"]["threads"] == 1
     if "native" in available_runtimes():
         held = {row["runtime"]: row["weight_bytes"] for row in result["rows"]}
-        assert held["native, int8 head"] < held["native"]
+        assert held["native, int8 values, int8 head"] < held["native"]
     cells = {(row["runtime"], row["dtype"], row["phase"], row["batch"]) for row in result["rows"]}
     assert ("torch-sparse", "float32", "decode", 2) in cells
     assert ("dense", "bfloat16", "prefill", 1) in cells
@@ -155,6 +155,23 @@ def test_bench_writes_the_promised_json(artifact: tuple[Path, dict[str, Any]], t
         assert row["min_ms"] <= row["median_ms"]
         if (row["runtime"], row["dtype"]) == ("dense", "float32"):
             assert row["ratio_to_dense"] == 1
+
+
+@pytest.mark.skipif("native" not in available_runtimes(), reason="installed without the library")
+def test_rounded_values(artifact: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for values, kl in (("int8", 0.1), ("bfloat16", 0.02)):
+        run("verify", artifact[0], "--values", values, "--json", tmp_path / "v.json")
+        (row,) = json.loads((tmp_path / "v.json").read_text())["runtimes"]
+        assert row["name"] == "native"
+        assert row["tolerance"]["kl"] == kl
+        assert 1e-9 < row["kl"] < kl
+    run("generate", artifact[0], "--prompt", "quick brown", "--values", "int8", "--max-new-tokens", 2)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = ("eval", artifact[0], "--data", text, "--sequence-length", 8, "--windows", 2, "--values", "int8")
+    run(*words, "--runtime", "native", "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["values"] == "int8"
+    assert "runtime dense holds values as they are stored" in sentence(run(*words, check=2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

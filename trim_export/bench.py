@@ -44,6 +44,7 @@ class Contestant:
         runtime: that executes it.
         dtype: of the weights: what they are loaded in, or in an ONNX model what they were stored in.
         lm_head: as it is ``stored``, or in ``int8``.
+        values: kept weights as they are ``stored``, or in another form.
         dense: whether others are compared with it.
         label: what tables call it; empty for the runtime's name.
     """
@@ -52,14 +53,16 @@ class Contestant:
     runtime: str
     dtype: str
     lm_head: str = "stored"
+    values: str = "stored"
     dense: bool = False
     label: str = ""
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        name = self.label or self.runtime
-        return name if self.lm_head == "stored" else f"{name}, {self.lm_head} head"
+        forms = {"values": self.values, "head": self.lm_head}
+        changed = [f"{form} {what}" for what, form in forms.items() if form != "stored"]
+        return ", ".join([self.label or self.runtime, *changed])
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ class Workload:
     device: str = "cpu"
 
 
-def contestants(artifact: Artifact, runtimes: Iterable[str], lm_head: str = "stored") -> list[Contestant]:
+def contestants(
+    artifact: Artifact, runtimes: Iterable[str], lm_head: str = "stored", values: str = "stored"
+) -> list[Contestant]:
     """Each runtime in the artifact's dtype; the dense one also in bfloat16, whichever a user might deploy instead.
 
-    With another ``lm_head`` the best sparse runtime takes part a second time.
+    With another form of ``lm_head`` or ``values`` the best sparse runtime takes part a second time.
     """
     path, stored = artifact.path, artifact.manifest["source"]["dtype"]
     found = [Contestant(path, "dense", stored, dense=True)]
@@ -94,8 +99,7 @@ def contestants(artifact: Artifact, runtimes: Iterable[str], lm_head: str = "sto
         found.append(Contestant(path, "dense", "bfloat16", dense=True))
     sparse = [Contestant(path, pick_runtime(name).name, stored) for name in runtimes if name != "dense"]
     found += sparse
-    if lm_head != "stored":
-        found += [replace(entry, lm_head=lm_head) for entry in sparse[:1]]
+    found += [replace(entry, lm_head=lm_head, values=values) for entry in sparse[:1]]
     return list(dict.fromkeys(found))
 
 
@@ -175,6 +179,7 @@ class _Worker:
             "runtime": entry.runtime,
             "dtype": entry.dtype,
             "lm_head": entry.lm_head,
+            "values": entry.values,
             "device": workload.device,
             "threads": workload.threads,
         }

@@ -35,7 +35,8 @@ def main(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     begin = time.perf_counter()
     dtype, device = DTYPES.get(settings["dtype"]), settings["device"]  # an ONNX model has its own
-    model = load(settings["directory"], settings["runtime"], dtype, device, lm_head=settings["lm_head"])
+    forms = {form: settings[form] for form in ("lm_head", "values")}
+    model = load(settings["directory"], settings["runtime"], dtype, device, **forms)
     load_s = time.perf_counter() - begin
     decoders: Decoders = {}
     _answer({})

@@ -56,7 +56,7 @@ TOLERANCES = {
 """By the dtype that the model computes in. Activations in bfloat16 carry 8 bits, whatever the runtime."""
 
 STORED = {dtype_name(dtype): tolerance for dtype, tolerance in TOLERANCES.items()} | {"int8": Tolerance(0.1, 0.85)}
-"""By the dtype that an ONNX model's weights were rounded to, of a model that computes in float32."""
+"""By the dtype that weights were rounded to, of a model that computes in float32."""
 
 
 @torch.inference_mode()
@@ -65,15 +65,24 @@ def verify(
     tokenizer: PreTrainedTokenizerBase,
     runtimes: Iterable[str],
     track: Track[Any] = silently,
+    values: str = "stored",
 ) -> dict[str, Any]:
     """Compare runtimes with the dense masked model on real prompts; ``track`` shows progress, model by model.
+
+    With ``values`` in another form than they are stored in, runtimes that can hold them so, and what that may cost.
 
     Returns:
         ``{"passed": bool, "runtimes": [{"name", "max_abs_diff", "kl", "argmax_agreement", "passed", ...}], "pattern":
         {"name", "passed"}}``.
     """
     results = _compare(
-        lambda: load(artifact.path, "dense", dtype=torch.float32), artifact.path, tokenizer, runtimes, track
+        lambda: load(artifact.path, "dense", dtype=torch.float32),
+        artifact.path,
+        tokenizer,
+        runtimes,
+        track,
+        STORED.get(values),
+        values,
     )
     pattern = {"name": _pattern(artifact), "passed": pattern_holds(artifact)}
     return {
@@ -124,6 +133,7 @@ def _compare(
     runtimes: Iterable[str],
     track: Track[Any],
     tolerance: Tolerance | None = None,
+    values: str = "stored",
 ) -> list[dict[str, Any]]:
     """What each runtime makes of the prompts and the reference's continuations; one model is in memory at a time."""
     prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
@@ -134,7 +144,7 @@ def _compare(
     results = []
     for name in runtimes:
         gc.collect()
-        model = load(directory, name)
+        model = load(directory, name, values=values)
         given = [_logits(model, *text) for text in track(texts, f"{name}: reading")]
         results.append(_judge(name, model.dtype, expected, given, tolerance or TOLERANCES[model.dtype]))
         del model

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from trim_export.converters import SparseMatrix
-from trim_export.converters.int8 import quantize_rows
 from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native import NativeLinear, NativeRuntime
 
@@ -86,11 +85,7 @@ def _scipy(matrix: SparseMatrix, _: int) -> Layer:
 
 def _native(dtype: torch.dtype) -> Callable[[SparseMatrix, int], Layer]:
     def make(matrix: SparseMatrix, _: int) -> Layer:
-        if dtype == torch.int8:
-            values, scales = quantize_rows(matrix)
-            layer = NativeLinear(values, None, CPU, scales)
-        else:
-            layer = NativeLinear(SparseMatrix(matrix.mask, matrix.values.to(dtype)), None, CPU)
+        layer = NativeLinear(matrix, None, replace(CPU, values=dtype))
         return Layer(layer, _size(*layer.buffers()))
 
     return make

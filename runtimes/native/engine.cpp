@@ -10,6 +10,7 @@
 #include <new>
 
 #include "checks.h"
+#include "integers.h"
 #include "kernels.h"
 
 namespace trim {
@@ -100,8 +101,13 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         given.values_size < TRIM_NATIVE_TAIL || !aligned(given.values, value_bytes) ||
         !fits(given.list_columns, given.list_columns_size, given.list_columns_size, 2) ||
         !fits(given.list_values, given.list_values_size, given.list_columns_size, value_bytes) ||
-        !scales_fit(given.scales, given.scales_size, given.rows, given.value_type)) {
+        !scales_fit(given.scales, given.scales_size, given.rows, given.value_type) ||
+        (given.input_scales != nullptr && !fits(given.input_scales, given.input_scales_size, given.columns, 4))) {
         return TRIM_NATIVE_BAD_SIZE;
+    }
+    if (given.input_limit != 0 &&
+        (given.input_limit < 2 || given.input_limit > kMostInput || given.value_type != TRIM_NATIVE_I8)) {
+        return TRIM_NATIVE_BAD_LIMIT;
     }
     for (std::int64_t i = 0; i < matrix.rows; ++i) {
         if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
@@ -243,7 +249,10 @@ Scratch allocate(std::size_t bytes) {
     return Scratch(::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow));
 }
 
+enum class Use { kProduct, kIntegers };
+
 // Floats of this thread, kept for its next call: looking up a page takes longer than a small matrix.
+template <Use>
 float* reserve(std::int64_t count) {
     thread_local Scratch memory;
     thread_local std::int64_t size = 0;
@@ -266,7 +275,7 @@ std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const floa
     const std::int64_t slot_floats = matrix.windows * kWindowColumns;
     const std::int64_t block_floats = !matrix.blocks ? 0 : slot_floats > kListInputs ? slot_floats : kListInputs;
     const std::int64_t all = bitmap_floats + block_floats;
-    float* const memory = reserve(all * tokens);
+    float* const memory = reserve<Use::kProduct>(all * tokens);
     if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     for (std::int64_t t = 0; t < tokens; ++t) {
         const float* const x = inputs + t * input_stride;
@@ -375,8 +384,8 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
     const std::size_t output_bytes = round_up(static_cast<std::size_t>(matrix.rows) * token_bytes);
     const std::size_t tile_bytes = round_up(kernel.scratch_bytes);
     char* const memory = reinterpret_cast<char*>(
-        reserve(static_cast<std::int64_t>((input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count)) /
-                                          sizeof(float))));
+        reserve<Use::kProduct>(static_cast<std::int64_t>(
+            (input_bytes + output_bytes + tile_bytes * static_cast<std::size_t>(count)) / sizeof(float))));
     if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     float* const packed_inputs = reinterpret_cast<float*>(memory);
     float* const packed_outputs = reinterpret_cast<float*>(memory + input_bytes);
@@ -400,6 +409,47 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
         unpack_outputs(matrix, part(matrix.rows, share, unpackers), packed_outputs, tokens, output_stride, kernel,
                        outputs);
         return true;
+    });
+    return TRIM_NATIVE_OK;
+}
+
+// ---- any tokens -------------------------------------------------------------------------------------------------
+
+// Tokens whose inputs are taken as they are; `few` of them are multiplied one by one.
+std::int32_t multiply(const Matrix& matrix, const Kernels& kernels, std::int32_t value_type, bool few,
+                      const float* inputs, std::int64_t tokens, std::int64_t input_stride, float* outputs,
+                      std::int64_t output_stride, const TrimNativePool& pool) {
+    return few ? multiply_few(matrix, kernels.decode[value_type], inputs, tokens, input_stride, outputs, output_stride,
+                              pool)
+               : multiply_chunk(matrix, kernels.batch[value_type], inputs, tokens, input_stride, outputs,
+                                output_stride, pool);
+}
+
+// The same with inputs that are first scaled and rounded as the matrix demands.
+std::int32_t multiply_rounded(const TrimNativeMatrix& given, const Matrix& matrix, const Kernels& kernels, bool few,
+                              const float* inputs, std::int64_t tokens, std::int64_t input_stride, float* outputs,
+                              std::int64_t output_stride, const TrimNativePool& pool) {
+    float* const rounded = reserve<Use::kIntegers>(tokens * (matrix.columns + 1));
+    if (rounded == nullptr) return TRIM_NATIVE_NO_MEMORY;
+    float* const factors = rounded + tokens * matrix.columns;
+    const auto for_each_token = [&](std::int64_t floats, const auto& work) {
+        const std::int32_t count = packing_threads(tokens * floats, pool);
+        run(pool, count, [&](std::int32_t share) {
+            const Span some = part(tokens, share, count);
+            for (std::int64_t t = some.first; t < some.last; ++t) work(t);
+            return true;
+        });
+    };
+    for_each_token(matrix.columns, [&](std::int64_t t) {
+        factors[t] = round_token(inputs + t * input_stride, matrix.columns, given.input_scales, given.input_limit,
+                                 rounded + t * matrix.columns);
+    });
+    const std::int32_t status = multiply(matrix, kernels, given.value_type, few, rounded, tokens, matrix.columns,
+                                         outputs, output_stride, pool);
+    if (status) return status;
+    for_each_token(matrix.rows, [&](std::int64_t t) {
+        float* const y = outputs + t * output_stride;
+        for (std::int64_t row = 0; row < matrix.rows; ++row) y[row] *= factors[t];
     });
     return TRIM_NATIVE_OK;
 }
@@ -430,15 +480,15 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
-    if (tokens <= kernels.few_tokens) {
-        return multiply_few(checked, kernels.decode[matrix->value_type], inputs, tokens, input_stride, outputs,
-                            output_stride, *pool);
-    }
+    const bool few = tokens <= kernels.few_tokens;
     for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
         const std::int64_t some = first + kChunkTokens < tokens ? kChunkTokens : tokens - first;
+        const float* const x = inputs + first * input_stride;
+        float* const y = outputs + first * output_stride;
         const std::int32_t status =
-            multiply_chunk(checked, kernels.batch[matrix->value_type], inputs + first * input_stride, some,
-                           input_stride, outputs + first * output_stride, output_stride, *pool);
+            matrix->input_limit || matrix->input_scales
+                ? multiply_rounded(*matrix, checked, kernels, few, x, some, input_stride, y, output_stride, *pool)
+                : multiply(checked, kernels, matrix->value_type, few, x, some, input_stride, y, output_stride, *pool);
         if (status) return status;
     }
     return TRIM_NATIVE_OK;
@@ -522,6 +572,7 @@ const char* trim_native_message(std::int32_t status) {
         case TRIM_NATIVE_NO_MEMORY: return "there is no memory for the scratch space";
         case TRIM_NATIVE_UNKNOWN_ISA: return "this build has no such instruction set";
         case TRIM_NATIVE_LACKS_ISA: return "this processor lacks the instruction set";
+        case TRIM_NATIVE_BAD_LIMIT: return "the limit of inputs is not between 2 and 2^22, or not of 8-bit values";
         default: return "an unknown status";
     }
 }

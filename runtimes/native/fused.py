@@ -27,11 +27,11 @@ class _Shared(nn.Module):
     sibling is called alone nor when inputs were changed in place.
     """
 
-    def __init__(self, matrices: list[SparseMatrix]) -> None:
+    def __init__(self, matrices: list[SparseMatrix], values: torch.dtype | None) -> None:
         super().__init__()
         self.rows = [matrix.shape[0] for matrix in matrices]
         stacked = SparseMatrix(torch.cat([m.mask for m in matrices]), torch.cat([m.values for m in matrices]))
-        self.weights = NativeWeights(stacked, None)
+        self.weights = NativeWeights.of(stacked, values)
         self._pending: tuple[Tensor | None, dict[int, Tensor]] = (None, {})
 
     def product(self, sibling: int, inputs: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def fuse(module: nn.Module) -> None:
         waiting = {name: layer for name, layer in layers.items() if isinstance(layer, WaitingLinear)}
         matrices = [layer.matrix() for layer in waiting.values()]
         if len(waiting) == len(layers) and len({(m.shape[1], m.values.dtype) for m in matrices}) == 1:
-            shared = _Shared(matrices)
+            shared = _Shared(matrices, next(iter(waiting.values())).layout.values)
             made: Iterable[nn.Module] = (FusedLinear(layer, shared, i) for i, layer in enumerate(waiting.values()))
         else:
             made = (NativeLinear(layer.matrix(), layer.bias, layer.layout) for layer in waiting.values())

@@ -13,6 +13,7 @@ from trim_export.converters import Bitmap, SparseMatrix
 from trim_export.errors import EnvironmentLacks
 from trim_export.runtimes.linear import Layout, SparseLinear
 from trim_export.runtimes.native.dense import dense_product
+from trim_export.runtimes.native.integers import lay_out_int8
 from trim_export.runtimes.native.layout import lay_out
 from trim_export.runtimes.native.library import is_traced
 from trim_export.runtimes.native.matrix import NativeMatrix
@@ -35,7 +36,9 @@ def sparse_linear(
     list_start: Tensor,
     list_columns: Tensor,
     list_values: Tensor,
-    scales: Tensor | None,
+    scales: Tensor | None = None,
+    input_scales: Tensor | None = None,
+    input_limit: int = 0,
 ) -> Tensor:
     """`NativeMatrix.multiply` on as many threads as torch uses; has no gradient. What graphs are made of."""
     columns = inputs.shape[-1]
@@ -53,49 +56,54 @@ def sparse_linear(
         list_columns,
         list_values,
         scales,
+        input_scales,
+        input_limit,
     )
     return matrix.multiply(inputs, torch.get_num_threads())
 
 
 @sparse_linear.register_fake
-def _(inputs: Tensor, order: Tensor, *_: Tensor | None) -> Tensor:
+def _(inputs: Tensor, order: Tensor, *_: Tensor | int | None) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], order.shape[0])
 
 
 class NativeWeights(nn.Module):
-    """A `NativeMatrix` as buffers, so that it moves, casts and copies with its model.
-
-    Args:
-        matrix: the weights; or int8 values, to be multiplied by ``scales`` (`converters.int8.quantize_rows`).
-        scales: float32 ``[rows]`` or None.
-    """
+    """A `NativeMatrix` as buffers, so that it moves, casts and copies with its model."""
 
     order: Tensor
     values: Tensor
     scales: Tensor | None
+    input_scales: Tensor | None
 
-    def __init__(self, matrix: SparseMatrix, scales: Tensor | None) -> None:
+    def __init__(self, ready: NativeMatrix) -> None:
         super().__init__()
-        ready = lay_out(matrix, scales, preference(matrix.values.dtype))
-        self.columns = ready.columns
+        self.columns, self.input_limit = ready.columns, ready.input_limit
         self.parts = tuple(ready.tensors())
         for name, tensor in ready.tensors().items():
             # Not persistent: what is saved is the artifact's encoding, which the loader makes from `matrix`.
             self.register_buffer(name, tensor, persistent=False)
         self._ready: NativeMatrix | None = ready
 
+    @classmethod
+    def of(cls, matrix: SparseMatrix, values: torch.dtype | None) -> NativeWeights:
+        """In the forms that are fastest here, with values in this dtype or, for None, in their own."""
+        dtype = values or matrix.values.dtype
+        if dtype is torch.int8:
+            return cls(lay_out_int8(matrix, preference(dtype)))
+        return cls(lay_out(SparseMatrix(matrix.mask, matrix.values.to(dtype)), None, preference(dtype)))
+
     @property
     def ready(self) -> NativeMatrix:
         """The buffers as the kernels take them, checked once."""
         if self._ready is None:
-            self._ready = NativeMatrix(self.columns, **self._tensors())
+            self._ready = NativeMatrix(self.columns, **self._tensors(), input_limit=self.input_limit)
         return self._ready
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., columns] -> [..., rows]`` in the dtype of the inputs; summed in float32."""
         wide = inputs if inputs.dtype is torch.float32 else inputs.float()
         if is_traced(inputs):
-            output: Tensor = sparse_linear(wide, *self._tensors().values())
+            output: Tensor = sparse_linear(wide, *self._tensors().values(), self.input_limit)
         else:
             output = self.ready.multiply(wide, torch.get_num_threads())
         return output if output.dtype is inputs.dtype else output.to(inputs.dtype)
@@ -104,12 +112,12 @@ class NativeWeights(nn.Module):
         return {name: getattr(self, name) for name in self.parts}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeWeights:
-        scales = self.scales
+        scales, input_scales = self.scales, self.input_scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.order.device.type not in ("cpu", "meta"):
             raise EnvironmentLacks(f"native layers execute on the CPU, not on {self.order.device}; load to it instead")
         # A cast is meant for weights and activations; scales are exact float32, whatever the model's dtype.
-        self.scales = scales
+        self.scales, self.input_scales = scales, input_scales
         self._ready = None
         return self
 
@@ -119,17 +127,11 @@ class NativeWeights(nn.Module):
 
 
 class NativeLinear(SparseLinear):
-    """A layer that the native kernels execute; values stay in their stored dtype.
+    """A layer that the native kernels execute; values stay in their dtype unless the layout says another."""
 
-    Args:
-        matrix, scales: as in `NativeWeights`.
-        bias: ``[rows]`` or None.
-        layout: of the CPU.
-    """
-
-    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout, scales: Tensor | None = None) -> None:
+    def __init__(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> None:
         super().__init__(matrix.shape, bias, layout)
-        self.weights = NativeWeights(matrix, scales)
+        self.weights = NativeWeights.of(matrix, layout.values)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in the dtype of the inputs."""
@@ -137,7 +139,7 @@ class NativeLinear(SparseLinear):
         return output if self.bias is None else output + self.bias
 
     def matrix(self) -> SparseMatrix:
-        """The stored weights, bit for bit; of int8 values their products with the scales, in float32."""
+        """The stored weights, bit for bit; of int8 values their products with all scales, in float32."""
         return self.weights.ready.matrix()
 
 

@@ -52,6 +52,9 @@ class _Struct(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("scales_size", ctypes.c_int64),
         ("value_type", ctypes.c_int32),
+        ("input_limit", ctypes.c_int32),
+        ("input_scales", ctypes.c_void_p),
+        ("input_scales_size", ctypes.c_int64),
     )
 
 
@@ -73,6 +76,8 @@ class NativeMatrix:
         list_columns: int16 (read as unsigned) ``[list_start[-1]]``.
         list_values: ``[list_start[-1]]`` in the dtype of ``values``.
         scales: float32 ``[rows]`` by which the rows of int8 values are multiplied, else None.
+        input_scales: float32 ``[columns]``, powers of two by which inputs are multiplied, or None.
+        input_limit: of int8 values, the integers up to which inputs are then rounded; 0 if they are not.
 
     Raises:
         UsageError: they do not fit together.
@@ -91,6 +96,8 @@ class NativeMatrix:
     list_columns: Tensor
     list_values: Tensor
     scales: Tensor | None = None
+    input_scales: Tensor | None = None
+    input_limit: int = 0
 
     def __post_init__(self) -> None:
         if self.order.dim() != 1 or self.mask.dim() != 3 or self.columns < 1:
@@ -114,6 +121,7 @@ class NativeMatrix:
             "list_columns": (torch.int16, (entries,)),
             "list_values": (dtype, (entries,)),
             "scales": (torch.float32, (rows,)),
+            "input_scales": (torch.float32, (self.columns,)),
         }
         for name, (want, shape) in wanted.items():
             tensor = getattr(self, name)
@@ -138,11 +146,13 @@ class NativeMatrix:
         return len(self.order)
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """Everything but the number of columns, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        """Everything but the number of columns and the limit, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
 
     def multiply(self, inputs: Tensor, threads: int) -> Tensor:
         """``inputs @ W.T`` summed in float32; the same bits for any number of threads.
+
+        With an ``input_limit`` also for any number of tokens and any instruction set: sums of integers, without error.
 
         Args:
             inputs: float32 ``[..., columns]`` on the CPU.
@@ -177,7 +187,7 @@ class NativeMatrix:
         return outputs
 
     def matrix(self) -> SparseMatrix:
-        """The stored weights, bit for bit; of int8 values their products with the scales, in float32."""
+        """The stored weights, bit for bit; of int8 values their products with all scales, in float32."""
         top = min(GROUP * len(self.mask), self.rows)
         mask = torch.zeros(self.rows, self.columns, dtype=torch.bool)
         dense = torch.zeros(self.rows, self.columns, dtype=self.values.dtype)
@@ -199,7 +209,11 @@ class NativeMatrix:
         dense[top + place, column] = self.list_values[entry]
         back = self.order.long().argsort()
         mask, dense = mask[back], dense[back]
-        return SparseMatrix(mask, dense[mask] if self.scales is None else (dense * self.scales[:, None])[mask])
+        if self.scales is not None:
+            dense = dense * self.scales[:, None]
+        if self.input_scales is not None:
+            dense = dense * self.input_scales
+        return SparseMatrix(mask, dense[mask])
 
     def _slots(self, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """Place, column and value of each weight that stands in a slot; the first ``top`` places are a bitmap."""
@@ -241,5 +255,8 @@ class NativeMatrix:
                 address(self.scales),
                 0 if self.scales is None else rows,
                 VALUE_TYPES[self.values.dtype],
+                self.input_limit,
+                address(self.input_scales),
+                0 if self.input_scales is None else self.columns,
             )
         )

@@ -28,7 +28,7 @@ class NativeRuntime:
         return None
 
     def linear(self, matrix: SparseMatrix, bias: Tensor | None, layout: Layout) -> nn.Module:
-        """A `NativeLinear`, a `MaskedLinear` if hardly sparse, or what waits for its siblings to `finish`."""
+        """A `NativeLinear`, a `MaskedLinear` as stored if hardly sparse, or what waits for its siblings to `finish`."""
         rows, columns = matrix.shape
         if hardly_sparse(1 - matrix.nnz / (rows * columns), matrix.values.dtype):
             return MaskedLinear(matrix, bias, layout)

@@ -57,6 +57,7 @@ enum {
     TRIM_NATIVE_NO_MEMORY,     // the scratch space cannot be had
     TRIM_NATIVE_UNKNOWN_ISA,   // no such instruction set in this build
     TRIM_NATIVE_LACKS_ISA,     // this processor does not have it
+    TRIM_NATIVE_BAD_LIMIT,     // of inputs, below 0, 1 or above 2^22, or not of 8-bit integers
 };
 
 // One sparse matrix; sizes count elements. All of it belongs to the caller.
@@ -86,6 +87,9 @@ typedef struct TrimNativeMatrix {
     const float* scales;        // [rows] in the order of the rows of W; null, but for 8-bit integers: 1 for each row
     int64_t scales_size;
     int32_t value_type;
+    int32_t input_limit;        // of 8-bit integers: what inputs are rounded to at most; 0: they are not, see below
+    const float* input_scales;  // [columns]: powers of two by which inputs are multiplied; null: 1 for each column
+    int64_t input_scales_size;
 } TrimNativeMatrix;
 
 // A dense matrix, row after row.
@@ -113,6 +117,11 @@ typedef struct TrimNativePool {
 //
 // The result has the same bits for any number of threads. It does not depend on how many tokens there are either, but
 // that a few are multiplied one by one, and more of them together. On an error status outputs hold nothing of use.
+//
+// With an input limit each token's inputs are first made integers up to the limit: multiplied by the largest power of
+// two that allows it, by which the outputs are divided again, and rounded half to even. If then no row's sum of |value|
+// times the limit is 2^24 or more, the result has the same bits for any number of tokens and any instruction set too:
+// the exact sum, rounded once, when it is multiplied by the scale of its row. A token with NaN or infinity gives NaN.
 TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);

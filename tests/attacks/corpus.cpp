@@ -56,7 +56,7 @@ int main(int count, char** words) {
                                          list_starts.get(), sizes[7] / 8, list_columns.get(), sizes[8] / 2,
                                          list_values.get(), sizes[9] / width,
                                          sizes[10] ? scales.get() : nullptr, sizes[10] / 4,
-                                         kind};
+                                         kind, kind == TRIM_NATIVE_I8 ? 300 : 0, nullptr, 0};
         // A caller's own arrays are as large as it says they are; only matrices come from files.
         const bool sane = rows > 0 && columns > 0 && rows < 4096 && columns < 4096;
         std::vector<float> x(sane ? static_cast<std::size_t>(tokens * columns) : 1, 0.5f);

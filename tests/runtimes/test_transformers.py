@@ -597,7 +597,7 @@ def test_a_mask_of_ones_and_one_of_zeros_load(damaged: Path) -> None:
 
 
 def test_the_settings_are_strict_and_their_runtime_is_never_stored() -> None:
-    settings = TrimSparseConfig(encoding="csr", modules=("a", "b"), runtime="dense")
+    settings = TrimSparseConfig(encoding="csr", modules=("a", "b"), runtime="dense", values="int8")
     assert settings.to_dict() == {
         "quant_method": "trim-sparse",
         "format_version": 1,

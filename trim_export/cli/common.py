@@ -39,6 +39,9 @@ Directory = Annotated[Path, typer.Argument(help="Artifact directory.", show_defa
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 Runtimes = Annotated[list[str] | None, typer.Option("--runtime", help="Runtime to use; repeat for several.")]
 LmHead = Annotated[str, typer.Option(help="stored, or int8: faster on a small model, not exact.")]
+Values = Annotated[
+    str, typer.Option(help="Kept weights as stored, or rounded to bfloat16 or int8: smaller and faster, not exact.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 

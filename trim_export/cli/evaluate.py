@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trim_export.cli.common import Json, app, out, read_tokenizer, track, write_json
+from trim_export.cli.common import Json, Values, app, out, read_tokenizer, track, write_json
 from trim_export.errors import UsageError, choose
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Consecutive windows to score.")] = 8,
     first_window: Annotated[int, typer.Option(min=0, help="Windows to skip.")] = 0,
     runtime: Annotated[str, typer.Option(help="Runtime that executes an artifact.")] = "dense",
+    values: Values = "stored",
     json_file: Json = None,
 ) -> None:
     """Measure a model or an artifact on a text or on zero-shot tasks, alone or beside a reference."""
@@ -59,8 +60,8 @@ def evaluate(
     from trim_export.report import table
 
     text = read_text(str(data), windows * sequence_length) if on_text else ""
-    loaded = _load_any(source, runtime)
-    other = None if reference is None else _load_any(reference, "dense")
+    loaded = _load_any(source, runtime, values)
+    other = None if reference is None else _load_any(reference)
     scores: dict[str, dict[str, Any]] = {}
     if on_text:
         tokens = consecutive_windows(token_stream(text, loaded[1]), sequence_length, windows, first_window)
@@ -74,7 +75,7 @@ def evaluate(
             [(name, *_cells(name, scores[name])) for name in names],
         )
     )
-    about = {"source": source, "runtime": runtime, "reference": reference}
+    about = {"source": source, "runtime": runtime, "values": values, "reference": reference}
     text_name = {"data": data.name} if data is not None and on_text else {}
     write_json(json_file, about | text_name | {"tasks": {name: scores[name] for name in names}})
 
@@ -135,7 +136,7 @@ def _cells(name: str, score: Mapping[str, Any]) -> tuple[str | None, ...]:
     return f"{score['value']:.4f}", None if dense is None else f"{dense:.4f}", about
 
 
-def _load_any(source: str, runtime: str) -> Loaded:
+def _load_any(source: str, runtime: str = "dense", values: str = "stored") -> Loaded:
     """An artifact through a runtime, or a dense model."""
     from trim_export.artifact import JOURNAL, MANIFEST, open_artifact
     from trim_export.models import load_model, quiet_transformers
@@ -145,9 +146,11 @@ def _load_any(source: str, runtime: str) -> Loaded:
     quiet_transformers()
     path = Path(source)
     if is_onnx(path):
-        return load(path, "auto" if runtime == "dense" else runtime), read_tokenizer(path)
+        return load(path, "auto" if runtime == "dense" else runtime, values=values), read_tokenizer(path)
     if (path / MANIFEST).exists() or (path / JOURNAL).exists():
         open_artifact(path)
-        return load(path, runtime), read_tokenizer(path)
+        return load(path, runtime, values=values), read_tokenizer(path)
+    if values != "stored":
+        raise UsageError(f"{source}: --values belongs to an artifact, not to a dense model")
     dense = load_model(source)
     return dense.model, dense.tokenizer

@@ -13,6 +13,7 @@ from trim_export.cli.common import (
     Json,
     LmHead,
     Runtimes,
+    Values,
     app,
     open_quietly,
     out,
@@ -31,16 +32,19 @@ def verify(
     reference: Annotated[
         Path | None, typer.Option(help="Of an ONNX directory, the artifact; else its own standard operators are.")
     ] = None,
+    values: Values = "stored",
     json_file: Json = None,
 ) -> None:
     """Compare every runtime with the dense masked model on real prompts; exit code 1 outside the tolerances."""
     from trim_export.report import table
-    from trim_export.runtimes import available_runtimes
+    from trim_export.runtimes import available_runtimes, pick_runtime
     from trim_export.runtimes.onnxruntime import EXECUTIONS, is_onnx
     from trim_export.verify import verify as verify_artifact
     from trim_export.verify import verify_onnx
 
     if is_onnx(directory):
+        if values != "stored":
+            raise UsageError(f"{directory}: convert --to onnx decides on values; leave --values out")
         quiet()
         names = runtime or [name for name in EXECUTIONS if reference is not None or EXECUTIONS[name]]
         result = verify_onnx(directory, read_tokenizer(directory), names, reference, track)
@@ -48,7 +52,8 @@ def verify(
         raise UsageError("--reference belongs to an ONNX directory; an artifact is compared with itself, run densely")
     else:
         artifact = open_quietly(directory)
-        result = verify_artifact(artifact, read_tokenizer(directory), runtime or available_runtimes(), track)
+        names = runtime or (available_runtimes() if values == "stored" else [pick_runtime("auto").name])
+        result = verify_artifact(artifact, read_tokenizer(directory), names, track, values)
     against = "standard operators" if is_onnx(directory) and reference is None else "the dense masked model in float32"
     out.print(
         table(
@@ -90,6 +95,7 @@ def bench(
     generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     lm_head: LmHead = "stored",
+    values: Values = "stored",
     beside: Annotated[
         list[Path] | None, typer.Option(help="An ONNX directory to measure in the same run; repeat for several.")
     ] = None,
@@ -108,7 +114,7 @@ def bench(
     from trim_export.bench import bench as bench_entries
     from trim_export.forward import choose_device
     from trim_export.report import bench_table
-    from trim_export.runtimes import LM_HEADS, available_runtimes
+    from trim_export.runtimes import LM_HEADS, VALUES, available_runtimes
     from trim_export.runtimes.onnxruntime import EXECUTIONS, is_onnx
 
     if tune is not None:
@@ -120,12 +126,13 @@ def bench(
             raise UsageError(f"{path}: no ONNX directory")
     place = choose_device(device).type
     workload = Workload(tuple(batch or (1,)), prompt, generate, repeats, threads, place)
-    head = choose("LM head", lm_head, LM_HEADS)
+    choose("LM head", lm_head, LM_HEADS)
+    choose("form of values", values, VALUES)
     if is_onnx(directory):
         quiet()
         entries = onnx_contestants(directory, runtime or EXECUTIONS)
     else:
-        entries = contestants(open_quietly(directory), runtime or available_runtimes(place), head)
+        entries = contestants(open_quietly(directory), runtime or available_runtimes(place), lm_head, values)
     entries += [entry for path in others for entry in onnx_contestants(path, ["onnxruntime"])]
     result = bench_entries(entries, workload)
     out.print(bench_table(result))

@@ -187,7 +187,7 @@ struct Problem {
                   values.get(), values.size / width, slot_starts.get(), slot_starts.size, slot_columns.get(),
                   slot_columns.size, slot_values.get(), slot_values.size / width, list_starts.get(), list_starts.size,
                   list_columns.get(), list_columns.size, list_values.get(), list_values.size / width, scaled ? scales.get() : nullptr,
-                  scaled ? scales.size : 0, type};
+                  scaled ? scales.size : 0, type, 0, nullptr, 0};
     }
 };
 
@@ -219,6 +219,80 @@ void check_sums(const Problem& problem, std::int64_t tokens, std::int64_t gap) {
         for (std::int64_t i = rows; t + 1 < tokens && i < y_stride; ++i) right = right && y[t * y_stride + i] == 7.0f;
     }
     CHECK(right);
+}
+
+// Sums of integers, bit for bit those in 64 bits, on any instruction set, also of inputs that are large, tiny or zero.
+void check_integers(std::int64_t rows, std::int64_t columns, double density, std::int64_t bitmap_rows) {
+    Problem problem(rows, columns, TRIM_NATIVE_I8, density, bitmap_rows);
+    const auto row_of = [&](std::int64_t i) { return static_cast<std::size_t>(i * columns); };
+    std::vector<std::int64_t> weights;
+    std::int64_t most = 1;
+    for (std::int64_t i = 0; i < rows; ++i) {
+        std::int64_t sum = 0;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            const double scale = problem.row_scales[static_cast<std::size_t>(i)];
+            weights.push_back(std::llround(problem.dense[row_of(i) + static_cast<std::size_t>(j)] / scale));
+            sum += std::llabs(weights.back());
+        }
+        most = std::max(most, sum);
+    }
+    std::vector<float> powers;
+    for (std::int64_t j = 0; j < columns; ++j) {
+        powers.push_back(std::ldexp(1.0f, static_cast<int>(generator() % 9) - 4));
+    }
+    const Array<float> input_scales(powers);
+    const auto limit = static_cast<std::int32_t>(std::min<std::int64_t>(((1 << 24) - 1) / most, 1 << 22));
+    TrimNativeMatrix m = problem.matrix;
+    m.input_limit = limit, m.input_scales = input_scales.get(), m.input_scales_size = columns;
+    constexpr std::int64_t tokens = 27;
+    std::vector<float> x = random_floats(tokens * columns);
+    for (std::int64_t j = 0; j < columns; ++j) {
+        x[row_of(0) + static_cast<std::size_t>(j)] *= 1e30f, x[row_of(1) + static_cast<std::size_t>(j)] *= 1e-20f;
+        x[row_of(2) + static_cast<std::size_t>(j)] = 0.0f;
+    }
+    std::vector<float> expected;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        double largest = 0;
+        std::vector<double> scaled;
+        for (std::int64_t j = 0; j < columns; ++j) {
+            scaled.push_back(static_cast<double>(x[row_of(t) + static_cast<std::size_t>(j)]) * input_scales[j]);
+            largest = std::max(largest, std::fabs(scaled.back()));
+        }
+        double power = 1;
+        while (largest > 0 && largest * power > limit) power /= 2;
+        while (largest > 0 && largest * power * 2 <= limit) power *= 2;
+        for (std::int64_t i = 0; i < rows; ++i) {
+            std::int64_t sum = 0;
+            for (std::int64_t j = 0; j < columns; ++j) {
+                const double step = std::nearbyint(scaled[static_cast<std::size_t>(j)] * power);
+                sum += weights[row_of(i) + static_cast<std::size_t>(j)] * static_cast<std::int64_t>(step);
+            }
+            const float product = static_cast<float>(sum) * problem.row_scales[static_cast<std::size_t>(i)];
+            expected.push_back(static_cast<float>(product / power));
+        }
+    }
+    const Array<float> inputs(x), y(std::vector<float>(static_cast<std::size_t>(tokens * rows)));
+    for (std::int64_t some : {std::int64_t{1}, std::int64_t{3}, tokens}) {
+        for (std::int32_t threads : {1, 3}) {
+            CHECK(trim_native_linear(&m, inputs.get(), some, columns, y.get(), rows, threads) == TRIM_NATIVE_OK);
+            CHECK(std::equal(y.get(), y.get() + some * rows, expected.begin()));
+        }
+    }
+    for (const float wrong : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+        inputs[columns - 1] = wrong;
+        CHECK(trim_native_linear(&m, inputs.get(), tokens, columns, y.get(), rows, 1) == TRIM_NATIVE_OK);
+        CHECK(std::all_of(y.get(), y.get() + rows, [](float value) { return std::isnan(value); }));
+        CHECK(std::equal(y.get() + rows, y.get() + tokens * rows, expected.begin() + rows));
+    }
+    const auto refused = [&](std::int32_t status, const auto& change) {
+        TrimNativeMatrix bad = m;
+        change(bad);
+        CHECK(trim_native_linear(&bad, inputs.get(), 2, columns, y.get(), rows, 1) == status);
+    };
+    for (const std::int32_t wrong : {-1, 1, (1 << 22) + 1, std::numeric_limits<std::int32_t>::min()}) {
+        refused(TRIM_NATIVE_BAD_LIMIT, [&](TrimNativeMatrix& bad) { bad.input_limit = wrong; });
+    }
+    refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& bad) { bad.input_scales_size -= 1; });
 }
 
 // Whatever the arrays hold: a status or some numbers, but nothing is touched that is not theirs.
@@ -347,7 +421,7 @@ void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, do
     const TrimNativeMatrix matrix{rows, columns, 0, order.get(), rows, nullptr, 0, &no_groups, 1, tail.get(),
                                   TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps,
                                   slot_values.get(), steps * 8, list_start.get(), blocks + 1, list_columns.get(),
-                                  entries, list_values.get(), entries, scales.get(), rows, type};
+                                  entries, list_values.get(), entries, scales.get(), rows, type, 0, nullptr, 0};
     for (std::int64_t tokens : {1, 14}) {
         const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows));
         CHECK(trim_native_linear(&matrix, x.get(), tokens, columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
@@ -494,7 +568,7 @@ void check_arguments() {
         CHECK(trim_native_linear(&good, x.get(), 2, 70, y.get(), 6, threads) == TRIM_NATIVE_BAD_THREADS);
     }
     CHECK(trim_native_select_isa("mmx") == TRIM_NATIVE_UNKNOWN_ISA);
-    for (std::int32_t status = -1; status < 12; ++status) CHECK(std::strlen(trim_native_message(status)) > 0);
+    for (std::int32_t status = -1; status < 13; ++status) CHECK(std::strlen(trim_native_message(status)) > 0);
 }
 
 }  // namespace
@@ -528,6 +602,11 @@ int main(int count, char** names) {
             }
             check_dense(1, 1, type);
             check_dense(19, 150, type);
+        }
+        for (std::int64_t bitmap_rows : {0, 8, 1000}) {
+            check_integers(1, 1, 1.0, bitmap_rows);
+            check_integers(21, 150, 0.3, bitmap_rows);
+            check_integers(40, 700, 0.5, bitmap_rows);
         }
         check_sums(Problem(900, 500, TRIM_NATIVE_F32, 0.9, 200), 1, 0);  // work for two threads, in both forms
         check_dense(1100, 1000, TRIM_NATIVE_F32);
