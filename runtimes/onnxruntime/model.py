@@ -76,9 +76,14 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``; a given cache grows. The rest is ignored."""
+        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``; a given cache grows. The rest is ignored.
+
+        Raises:
+            UsageError: foreign caches; or the graph has the logits of the last token only, and more are asked for.
+        """
         batch, tokens = input_ids.shape
         if isinstance(past_key_values, OnnxCache):
             past = past_key_values
@@ -91,7 +96,12 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         found = self.session.run(
             {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.long().numpy()} | past.arrays
         )
-        logits = torch.from_numpy(found.pop("logits"))
+        logits = torch.from_numpy(found.pop("logits"))[:, -logits_to_keep:]
+        if logits.shape[1] != (logits_to_keep or tokens):
+            raise UsageError(
+                f"the ONNX graph gives logits of {logits.shape[1]} of {tokens} tokens (--last-logits): it generates, "
+                "but verify and eval need one that was exported without"
+            )
         past.arrays = {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else past)
 
