@@ -141,15 +141,13 @@ def load(
 
 def _load_onnx(root: Path, runtime: str, device: str, lm_head: str, check_hashes: bool) -> PreTrainedModel:
     """What an ONNX directory is was decided when it was made; only how it executes is left to choose."""
-    if torch.device(device).type != "cpu":
-        raise UsageError(f"{root}: an ONNX model executes on the CPU, not on {device}")
     if lm_head != "stored":
         raise UsageError(f"{root}: convert --to onnx decides on the LM head; leave --lm-head out")
     if check_hashes:
         problems = verify_onnx(root)
         if problems:
             raise ArtifactError(problems[0])
-    return load_onnx(root, runtime)
+    return load_onnx(root, runtime, device=torch.device(device).type)
 
 
 def pick_runtime(name: str, device: str = "cpu") -> Runtime:

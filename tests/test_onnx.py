@@ -314,13 +314,46 @@ def test_without_the_library_standard_operators_are_used_and_that_is_said(
     from trim_export.errors import EnvironmentLacks
     from trim_export.runtimes.onnxruntime import open_session, session
 
-    monkeypatch.setattr(session, "operator_library", lambda: None)
+    monkeypatch.setattr(session, "operator_library", lambda _: None)
     folder = exported("llama-16")
     with pytest.warns(RuntimeWarning, match="standard operators are used instead"):
         assert open_session(folder).kernels is False
     with pytest.raises(EnvironmentLacks, match="not installed"):
         open_session(folder, kernels=True)
     assert open_session(exported("llama-16", "--portable")).kernels is None
+
+
+def test_what_a_device_lacks_is_one_sentence(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No CUDA, or of three things one: our library, a library that loads, a GPU."""
+    import onnxruntime
+
+    from trim_export.errors import EnvironmentLacks, UsageError
+    from trim_export.runtimes.onnxruntime import open_session, session
+
+    folder, junk = exported("llama-16"), tmp_path / "libtrim_onnxruntime_cuda.so"
+    junk.write_bytes(b"\x7fELF")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EnvironmentLacks, match=r"no CUDAExecutionProvider: pip install 'trim-export\[gpu\]'"):
+        load(folder, device="cuda")
+    with pytest.raises(UsageError, match="unknown device of an ONNX model 'meta'"):
+        load(folder, device="meta")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(session, "operator_library", {"cuda": None}.get)
+    with pytest.raises(EnvironmentLacks, match="operators for CUDA are not installed; with nvcc"):
+        open_session(folder, kernels=True, device="cuda")
+    monkeypatch.setattr(session, "operator_library", {"cuda": junk}.get)
+    with pytest.raises(EnvironmentLacks, match=r"cuda\.so: ONNX Runtime cannot load it"):
+        open_session(folder, device="cuda")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(session, "operator_library", {"cuda": None}.get)
+        with (
+            pytest.warns(RuntimeWarning, match="CUDA are not installed.* standard operators are used instead"),
+            pytest.warns(UserWarning, match="CUDAExecutionProvider"),  # ONNX Runtime's own, where it was built without
+            pytest.raises(EnvironmentLacks, match="is there a GPU"),
+        ):
+            open_session(folder, device="cuda")
 
 
 def test_an_unknown_runtime_of_an_onnx_directory_names_the_known_ones(exported: Callable[..., Path]) -> None:

@@ -38,7 +38,7 @@ class OnnxCache(DynamicCache):
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model that ONNX Runtime executes on the CPU; it has no parameters of its own.
+    """A causal language model that ONNX Runtime executes; it has no parameters of its own.
 
     Attributes:
         session: what executes.
@@ -57,7 +57,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, where inputs and outputs are, whatever executes."""
         return torch.device("cpu")
 
     @property
@@ -111,13 +111,16 @@ def is_onnx(directory: Path | str) -> bool:
     return (Path(directory) / "model.onnx").is_file()
 
 
-def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None = None) -> OnnxCausalLM:
+def load_onnx(
+    directory: Path | str, runtime: str = "auto", threads: int | None = None, device: str = "cpu"
+) -> OnnxCausalLM:
     """Load a directory that ``trim-export convert --to onnx`` or onnxruntime-genai's model builder wrote.
 
     Args:
         directory: with ``model.onnx`` and ``config.json`` or ``genai_config.json``.
         runtime: a name in `EXECUTIONS`, or ``auto`` for our operators if they are installed.
         threads: of the session; None is torch's number.
+        device: that executes, ``cpu`` or ``cuda``; inputs and outputs are on the CPU either way.
 
     Raises:
         UsageError: unknown runtime.
@@ -125,7 +128,7 @@ def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None 
     """
     root = Path(directory)
     kernels = None if runtime == "auto" else choose("runtime of an ONNX model", runtime, EXECUTIONS)
-    session = open_session(root, kernels, threads or torch.get_num_threads())
+    session = open_session(root, kernels, threads or torch.get_num_threads(), device)
     missing = {"input_ids", "attention_mask"} - set(session.inputs)
     if missing:
         raise ArtifactError(f"{root}: its graph is no decoder with a key-value cache; it lacks {min(missing)}")
