@@ -3,7 +3,8 @@
     python -m benchmarks.onnx_models ARTIFACT --model MODEL --work DIRECTORY [--json FILE]
 
 Models are made once, in ``--work``, and kept. The int4 rival is onnxruntime-genai's own of the *dense* model; fidelity
-is the KL divergence from that model on the prompts of ``verify``.
+is the KL divergence from that model, from the pruned one, and from the one of the two that a form rounds (its parent),
+on the prompts of ``verify``. Some forms, the dense one and int4 are there again with the logits of the last token only.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ FORMS = {
     "bitmap-bf16-int8head": Form("bitmap", "bfloat16", "int8"),
     "csr-int8-int8head": Form("csr", "int8", "int8"),
 }
+LAST = ("dense", "csr-bf16-int8head", "csr-int8-int8head")
+"""Forms that are made once more with the logits of the last token only, and int4."""
+
 SIDE = 4096
 SPARSITY = 0.8
 
@@ -59,6 +63,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     made = {name: _make(open_artifact(options.artifact), options.work / name, form) for name, form in FORMS.items()}
     int4 = _make_int4(options.model, options.work / "int4")
+    last = [_make(open_artifact(options.artifact), options.work / f"{name}-last", FORMS[name], True) for name in LAST]
+    last.append(_make_int4(options.model, options.work / "int4-last", last_logits=True))
     layers = _layers(options.work / "layers", options.threads, options.rounds)
     fidelity = _fidelity(options.model, options.artifact, made | {"int4": int4})
     entries = [entry for name in FORMS for entry in onnx_contestants(made[name], ["onnxruntime"])]
@@ -68,6 +74,9 @@ def main() -> None:
     result = bench(entries, workload) | {"layers": layers, "fidelity": fidelity}
     console = Console(width=180)
     console.print(bench_table(result))
+    served = bench([entry for folder in last for entry in onnx_contestants(folder, ["onnxruntime"])], workload)
+    console.print(bench_table(served))
+    result["last_logits"] = served["rows"]
     console.print(
         table(
             f"{SIDE} x {SIDE} at {SPARSITY:.0%}, {options.threads} threads, median (minimum) ms",
@@ -81,7 +90,15 @@ def main() -> None:
     console.print(
         table(
             "KL divergence on the prompts of verify, and the same most likely token",
-            ("form", "to the dense model", "agreement", "to the pruned model", "agreement"),
+            (
+                "form",
+                "to the dense model",
+                "agreement",
+                "to the pruned model",
+                "agreement",
+                "to its parent",
+                "agreement",
+            ),
             [(name, *(f"{value:.3g}" for value in row.values())) for name, row in fidelity.items()],
         )
     )
@@ -89,19 +106,19 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _make(artifact: Any, folder: Path, form: Form | None) -> Path:
+def _make(artifact: Any, folder: Path, form: Form | None, last_logits: bool = False) -> Path:
     if not folder.exists():
-        convert_to_onnx(artifact, folder, form)
+        convert_to_onnx(artifact, folder, form, last_logits=last_logits)
     return folder
 
 
-def _make_int4(model: str, folder: Path) -> Path:
+def _make_int4(model: str, folder: Path, last_logits: bool = False) -> Path:
     if not folder.exists():
         plain = folder.with_name("dense-model")
         dense = load_model(model)
         dense.model.save_pretrained(plain)
         dense.tokenizer.save_pretrained(plain)
-        build(plain, folder, "int4")
+        build(plain, folder, "int4", last_logits)
     return folder
 
 
@@ -118,11 +135,14 @@ def _fidelity(model: str, artifact: Path, folders: dict[str, Path]) -> dict[str,
     for name, folder in folders.items():
         given = logits(load(folder))
         to_dense, to_pruned = divergence(expected, given), divergence(pruned, given)
+        to_parent = to_dense if name == "int4" else to_pruned
         rows[name] = {
             "kl_to_dense": to_dense.kl,
             "agreement_with_dense": to_dense.argmax_agreement,
             "kl_to_pruned": to_pruned.kl,
             "agreement_with_pruned": to_pruned.argmax_agreement,
+            "kl_to_parent": to_parent.kl,
+            "agreement_with_parent": to_parent.argmax_agreement,
         }
     return rows
 

@@ -148,8 +148,6 @@ def load(
 
 def _load_onnx(root: Path, runtime: str, device: str, forms: tuple[str, str], check_hashes: bool) -> PreTrainedModel:
     """What an ONNX directory is was decided when it was made; only how it executes is left to choose."""
-    if torch.device(device).type != "cpu":
-        raise UsageError(f"{root}: an ONNX model executes on the CPU, not on {device}")
     for option, what, form in zip(("--lm-head", "--values"), ("the LM head", "values"), forms, strict=True):
         if form != "stored":
             raise UsageError(f"{root}: convert --to onnx decides on {what}; leave {option} out")
@@ -157,7 +155,7 @@ def _load_onnx(root: Path, runtime: str, device: str, forms: tuple[str, str], ch
         problems = verify_onnx(root)
         if problems:
             raise ArtifactError(problems[0])
-    return load_onnx(root, runtime)
+    return load_onnx(root, runtime, device=torch.device(device).type)
 
 
 def pick_runtime(name: str, device: str = "cpu") -> Runtime:

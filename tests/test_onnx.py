@@ -165,6 +165,26 @@ def test_a_cache_grows_with_what_is_read(exported: Callable[..., Path]) -> None:
         torch.testing.assert_close(output.logits[:, 0], whole.logits[:, place], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("llama-16-tied", ("--lm-head", "int8")), ("opt-long", ("--portable",))])
+def test_with_the_last_logits_only_it_generates_the_same_and_is_not_evaluated(
+    kind: str, options: tuple[str, ...], exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole, last = exported(kind, *options), exported(kind, *options, "--last-logits")
+    tokens = torch.tensor([[5, 9, 44, 17], [8, 8, 31, 60]])
+    models = [load(folder, "onnxruntime-functions") for folder in (whole, last)]
+    assert models[0](tokens).logits.shape[1] == 4
+    given, expected = (model(tokens, logits_to_keep=1).logits for model in reversed(models))
+    assert given.shape[1] == 1
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    spoken = [model.generate(tokens, do_sample=False, max_new_tokens=8, pad_token_id=0) for model in models]  # type: ignore[operator]
+    assert torch.equal(*spoken)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 50)
+    failed = run("eval", last, "--data", text, "--sequence-length", 16, "--windows", 2, check=2)
+    assert "verify and eval need one that was exported without" in sentence(failed)
+    assert json.loads((last / "trim_onnx.json").read_text())["logits"] == "last"
+
+
 def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) -> None:
     folder = exported("llama-16", "--portable")
     assert not (folder / LIBRARY).exists()
@@ -181,6 +201,7 @@ def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) 
         (("--to", "onnx", "--portable", "--dtype", "int8"), "--portable is dense"),
         (("--to", "csr", "--dtype", "int8"), "--dtype belongs to --to onnx"),
         (("--to", "bsr", "--portable"), "--portable belongs to --to onnx"),
+        (("--to", "csr", "--last-logits"), "--last-logits belongs to --to onnx"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_sentence(
@@ -293,13 +314,46 @@ def test_without_the_library_standard_operators_are_used_and_that_is_said(
     from trim_export.errors import EnvironmentLacks
     from trim_export.runtimes.onnxruntime import open_session, session
 
-    monkeypatch.setattr(session, "operator_library", lambda: None)
+    monkeypatch.setattr(session, "operator_library", lambda _: None)
     folder = exported("llama-16")
     with pytest.warns(RuntimeWarning, match="standard operators are used instead"):
         assert open_session(folder).kernels is False
     with pytest.raises(EnvironmentLacks, match="not installed"):
         open_session(folder, kernels=True)
     assert open_session(exported("llama-16", "--portable")).kernels is None
+
+
+def test_what_a_device_lacks_is_one_sentence(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No CUDA, or of three things one: our library, a library that loads, a GPU."""
+    import onnxruntime
+
+    from trim_export.errors import EnvironmentLacks, UsageError
+    from trim_export.runtimes.onnxruntime import open_session, session
+
+    folder, junk = exported("llama-16"), tmp_path / "libtrim_onnxruntime_cuda.so"
+    junk.write_bytes(b"\x7fELF")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EnvironmentLacks, match=r"no CUDAExecutionProvider: pip install 'trim-export\[gpu\]'"):
+        load(folder, device="cuda")
+    with pytest.raises(UsageError, match="unknown device of an ONNX model 'meta'"):
+        load(folder, device="meta")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(session, "operator_library", {"cuda": None}.get)
+    with pytest.raises(EnvironmentLacks, match="operators for CUDA are not installed; with nvcc"):
+        open_session(folder, kernels=True, device="cuda")
+    monkeypatch.setattr(session, "operator_library", {"cuda": junk}.get)
+    with pytest.raises(EnvironmentLacks, match=r"cuda\.so: ONNX Runtime cannot load it"):
+        open_session(folder, device="cuda")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(session, "operator_library", {"cuda": None}.get)
+        with (
+            pytest.warns(RuntimeWarning, match="CUDA are not installed.* standard operators are used instead"),
+            pytest.warns(UserWarning, match="CUDAExecutionProvider"),  # ONNX Runtime's own, where it was built without
+            pytest.raises(EnvironmentLacks, match="is there a GPU"),
+        ):
+            open_session(folder, device="cuda")
 
 
 def test_an_unknown_runtime_of_an_onnx_directory_names_the_known_ones(exported: Callable[..., Path]) -> None:

@@ -26,7 +26,9 @@ _GENAI = "genai_config.json"
 _DATA = f"{MODEL}.data"
 
 
-def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None, track: Track[Any] = silently) -> dict[str, Any]:
+def convert_to_onnx(
+    artifact: Artifact, out: Path, form: Form | None, track: Track[Any] = silently, last_logits: bool = False
+) -> dict[str, Any]:
     """Write ``artifact`` as an ONNX model into a new directory.
 
     Args:
@@ -34,6 +36,7 @@ def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None, track: Tra
         out: the directory to make; must not exist or be empty.
         form: of the sparse constants; None leaves the graph dense, zeros and all, for any runtime.
         track: shows progress of what goes before the export.
+        last_logits: as `trim_export.converters.onnx.build`: for serving, not for `verify` and `eval`.
 
     Returns:
         What was written: target, directory, bytes before and after, how many matrices are sparse.
@@ -45,7 +48,7 @@ def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None, track: Tra
         dense, base = staging / ".dense", staging / ".base"
         dense.mkdir()
         write_dense(artifact, dense, None, track)
-        exporter = build(dense, base)
+        exporter = build(dense, base, last_logits=last_logits)
         shutil.rmtree(dense)
         for file in sorted(base.iterdir()):
             if file.is_file() and (form is None or file.name not in (MODEL, _DATA)):
@@ -62,6 +65,7 @@ def convert_to_onnx(artifact: Artifact, out: Path, form: Form | None, track: Tra
         facts |= {
             "format_version": 1,
             "tool_version": trim_export.__version__,
+            "logits": "last" if last_logits else "all",
             "source": artifact.manifest["source"],
             "sparsity": artifact.manifest["sparsity"],
             "files": {name: {"bytes": size, "sha256": sha256_file(staging / name)} for name, size in sizes.items()},

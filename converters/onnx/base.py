@@ -31,13 +31,15 @@ _HEAD_STEP = 16  # ONNX Runtime's fused attention takes heads whose width is a m
 _UNKNOWN = "is not currently supported"  # what the builder says of an architecture that it does not know
 
 
-def build(dense: Path, out: Path, precision: str = "fp32") -> str:
+def build(dense: Path, out: Path, precision: str = "fp32", last_logits: bool = False) -> str:
     """Write the model in directory ``dense`` as ONNX to directory ``out``, with its weights beside the graph.
 
     Args:
         dense: a plain Hugging Face directory.
         out: must not exist.
         precision: a name in `PRECISIONS`; all but fp32 need the builder.
+        last_logits: compute the logits of the last token only (``prune_lm_head`` of the builder, ``logits_to_keep`` of
+            transformers): all that generation needs of a prompt, and the largest product of a small model.
 
     Returns:
         What made it, with its version.
@@ -52,8 +54,9 @@ def build(dense: Path, out: Path, precision: str = "fp32") -> str:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if importlib.util.find_spec("onnxruntime_genai") is not None and width % _HEAD_STEP == 0:
         options = ["-i", str(dense), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out / ".cache")]
-        if config.tie_word_embeddings:
-            options += ["--extra_options", "shared_embeddings=true"]
+        extra = {"shared_embeddings": config.tie_word_embeddings, "prune_lm_head": last_logits}
+        if any(extra.values()):
+            options += ["--extra_options", *(f"{name}=true" for name, wanted in extra.items() if wanted)]
         failure = _run(_BUILDER, options, out)
         if failure is None:
             version = importlib.metadata.version("onnxruntime-genai")
@@ -63,7 +66,8 @@ def build(dense: Path, out: Path, precision: str = "fp32") -> str:
             raise ModelError(f"{dense}: onnxruntime-genai's model builder failed ({failure})")
     if precision != "fp32":
         raise ModelError(f"{dense}: only onnxruntime-genai's model builder makes {precision}, and not of this model")
-    failure = _run("trim_export.converters.onnx.traced", [str(dense), str(out)], out)
+    last = ["--last-logits"] if last_logits else []
+    failure = _run("trim_export.converters.onnx.traced", [str(dense), str(out), *last], out)
     if failure is not None:
         raise ModelError(f"{dense}: torch.onnx cannot export this model ({failure})")
     return f"torch.onnx of torch {importlib.metadata.version('torch')}"

@@ -1,14 +1,17 @@
 """From a dense ONNX graph whose weights hold zeros to one that stores and multiplies what is not zero.
 
 Nothing is said of where the graph comes from: each constant that is the right side of a `MatMul` is looked at, so that
-projections an exporter has joined (q, k and v in one) need no map of names.
+projections an exporter has joined (q, k and v in one) need no map of names. Sparse products of the same input that it
+left apart (gate and up) become one, since at one token a product costs about as much to start as to compute.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
@@ -61,9 +64,16 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     if head is not None and _sparsity(read_tensor(source, weights[head.name])) >= form.least_sparsity:
         head = None  # it was pruned, and is a sparse product like the others
     skipped = set() if head is None else head.weights
-    counts: list[tuple[int, int]] = []
+    sparse = {
+        name: nodes
+        for name, nodes in products.items()
+        if name not in skipped and _sparsity(read_tensor(source, weights[name])) >= form.least_sparsity
+    }
+    siblings = _siblings(model, sparse)
+    counts: list[tuple[int, int, int]] = []
     used: dict[str, Operator] = {}
     made: list[TensorProto] = []
+    splits: list[NodeProto] = []
     with DataFile(out / f"{MODEL}.data") as file:
 
         def store(name: str, operator: Operator, matrix: SparseMatrix, values: str) -> None:
@@ -81,22 +91,29 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
         for name, tensor in weights.items():
             if name in skipped:
                 continue
-            weight = read_tensor(source, tensor)
-            if name not in products or _sparsity(weight) < form.least_sparsity:
-                made.append(file.add(name, weight))
+            if name not in sparse:
+                made.append(file.add(name, read_tensor(source, tensor)))
                 continue
-            matrix = SparseMatrix.from_dense(weight.T)
-            operator = pick_encoding(form.encoding, matrix.shape[1])
-            store(name, operator, matrix, form.values)
-            for node in products[name]:
-                multiply(node, operator, name, matrix.shape)
-            counts.append((weight.numel(), matrix.nnz))
+            names = siblings[name]
+            if name != names[0]:
+                continue
+            parts = [read_tensor(source, weights[part]).T for part in names]
+            matrix = SparseMatrix.from_dense(torch.cat(parts))
+            operator, joined = pick_encoding(form.encoding, matrix.shape[1]), "+".join(names)
+            store(joined, operator, matrix, form.values)
+            if len(names) > 1:
+                made.append(file.add(f"{joined}.rows", torch.tensor([len(part) for part in parts])))
+                splits.append(_join([sparse[part][0] for part in names], f"{joined}.rows"))
+            for node in sparse[name]:
+                multiply(node, operator, joined, matrix.shape)
+            counts.append((len(names), matrix.mask.numel(), matrix.nnz))
         if head is not None and form.head is not None:
             for name, weight in head.matrices(source, weights):
                 store(name, DENSE, dense_matrix(weight), form.head)
                 if name == head.name:
                     multiply(head.product, DENSE, name, (weight.shape[0], weight.shape[1]))
             rewrite_lookup(model, head, form.head == "int8")
+    _insert(model, splits)
     if not counts:
         raise ModelError(f"{source / MODEL}: none of its {len(products)} constant MatMul weights is sparse")
     del model.graph.initializer[:]
@@ -105,11 +122,41 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     model.functions.extend(operator.function(opset) for operator in used.values())
     (out / MODEL).write_bytes(model.SerializeToString())
-    return Sparsified(len(counts), *(sum(column) for column in zip(*counts, strict=True)))
+    return Sparsified(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def _sparsity(weight: Tensor) -> float:
     return 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+
+
+def _siblings(model: ModelProto, products: Mapping[str, Sequence[NodeProto]]) -> dict[str, list[str]]:
+    """For each weight those that are multiplied with the same input, itself included, in the order of the graph."""
+    by_input: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        name = node.input[1] if len(node.input) > 1 else ""
+        if any(node is product for product in products.get(name, ())):
+            alone = len(products[name]) > 1  # several products of one weight
+            by_input.setdefault(name if alone else f"input {node.input[0]}", []).append(name)
+    return {name: list(dict.fromkeys(names)) for names in by_input.values() for name in names}
+
+
+def _join(nodes: Sequence[NodeProto], rows: str) -> NodeProto:
+    """Have the first of some products give the outputs of all; the `Split` into so many ``rows`` each."""
+    outputs = [node.output[0] for node in nodes]
+    nodes[0].output[0] = f"{outputs[0]}/joined"
+    return helper.make_node("Split", [nodes[0].output[0], rows], outputs, axis=-1)
+
+
+def _insert(model: ModelProto, splits: Sequence[NodeProto]) -> None:
+    """Put each `Split` behind what it divides, in place of the products whose outputs it gives."""
+    behind = {split.input[0]: split for split in splits}
+    replaced = {output for split in splits for output in split.output}
+    kept = [node for node in model.graph.node if node.output[0] not in replaced]
+    del model.graph.node[:]
+    for node in kept:
+        model.graph.node.append(node)
+        if node.output[0] in behind:
+            model.graph.node.append(behind[node.output[0]])
 
 
 def _products(model: ModelProto, weights: dict[str, TensorProto]) -> dict[str, list[NodeProto]]:

@@ -1,4 +1,4 @@
-"""``python -m trim_export.converters.onnx.traced MODEL_DIRECTORY OUT``: any decoder that torch can trace, as ONNX.
+"""``python -m trim_export.converters.onnx.traced MODEL OUT [--last-logits]``: any decoder that torch can trace.
 
 Inputs and outputs are named as onnxruntime-genai's model builder names them, so that one runtime serves both:
 ``input_ids``, ``attention_mask`` and ``past_key_values.N.key|value`` in, ``logits`` and ``present.N.key|value`` out.
@@ -27,22 +27,28 @@ _BATCH, _TOKENS, _PAST = 2, 3, 5
 
 
 class _Decoder(nn.Module):
-    """A model whose key-value cache goes in and out as tensors."""
+    """A model whose key-value cache goes in and out as tensors, with the logits of so many tokens (0: of all)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, logits_to_keep: int) -> None:
         super().__init__()
         self.model = model
+        self.logits_to_keep = logits_to_keep
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
         cache = DynamicCache(ddp_cache_data=past)
         positions = attention_mask.cumsum(-1)[:, -input_ids.shape[1] :] - 1
         output = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=self.logits_to_keep,
         )
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def main(source: Path, out: Path) -> None:
+def main(source: Path, out: Path, logits_to_keep: int = 0) -> None:
     """Export the model in ``source`` with its weights beside the graph, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa").eval()
     sides = _cache_sides(model)
@@ -53,7 +59,7 @@ def main(source: Path, out: Path) -> None:
     ]
     free = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
-        _Decoder(model),
+        _Decoder(model, logits_to_keep),
         (tokens, attended, past),
         dynamo=True,
         opset_version=_OPSET,
@@ -83,4 +89,4 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), 1 if sys.argv[3:] == ["--last-logits"] else 0)

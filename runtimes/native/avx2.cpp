@@ -168,8 +168,31 @@ struct Avx2 {
         store(rows, add(add(sums.chains[0], sums.chains[1]), add(sums.chains[2], sums.chains[3])));
     }
 
-    // Measured on Zen 4: several tokens cost as much as 12 to 15 single ones, whether they are 5 or 8.
-    static constexpr std::int64_t kFewTokens = 12;
+    // Values are transposed, so that a register has those of one row, and columns likewise, as bytes; then both are packed.
+    template <typename Value>
+    static TRIM_INLINE void append_eight_steps(const std::uint32_t* columns, const Value* values,
+                                               const std::uint8_t* firsts, RowEntries& rows) {
+        Vector weights[8];
+        transpose(values, weights);
+        alignas(32) std::uint64_t places[8];
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+        const std::uint64_t blanks = columns_of_even_rows(words, places) |
+                                     columns_of_even_rows(_mm256_srli_epi32(words, 4), places + 4) << 32;
+        const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(firsts));
+#pragma GCC unroll 8
+        for (std::int64_t i = 0; i < kBlockRows; ++i) {
+            const std::int64_t at = i * rows.stride + rows.counts[i], half = i % 2 * 4 + i / 2;
+            const std::uint64_t kept = ~(blanks >> (8 * half)) & 0xff;
+            const __m128i packing = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.positions[kept]));
+            const __m128i found = _mm_add_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&places[half])), first);
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(rows.columns + at), _mm_shuffle_epi8(found, packing));
+            store(rows.values + at, _mm256_permutevar8x32_ps(weights[i], _mm256_cvtepu8_epi32(packing)));
+            rows.counts[i] += popcount(kept);
+        }
+    }
+
+    // Measured on Zen 4: nine to 16 tokens together cost as much as six to eight single ones.
+    static constexpr std::int64_t kFewTokens = 8;
 
     // Measured on Zen 4 (`python -m benchmarks.cpu_layers.forms`); values in memory count beside instructions.
     static constexpr double step_cost(std::size_t value_bytes) { return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 3; }
@@ -179,6 +202,39 @@ struct Avx2 {
     static constexpr auto arrangement(const BFloat16*) { return arrange_even_odd; }
 
   private:
+    // Eight steps of eight rows to eight rows of eight steps.
+    template <typename Value>
+    static TRIM_INLINE void transpose(const Value* steps, Vector (&rows)[8]) {
+        Vector pairs[8], fours[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const Vector a = widen(steps + 2 * i * kBlockRows), b = widen(steps + (2 * i + 1) * kBlockRows);
+            pairs[2 * i] = _mm256_unpacklo_ps(a, b);
+            pairs[2 * i + 1] = _mm256_unpackhi_ps(a, b);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const Vector a = pairs[i / 2 * 4 + i % 2], b = pairs[i / 2 * 4 + i % 2 + 2];
+            fours[i / 2 * 4 + i % 2 * 2] = _mm256_shuffle_ps(a, b, 0x44);
+            fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm256_shuffle_ps(a, b, 0xee);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            rows[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+            rows[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+        }
+    }
+
+    // Of eight steps the columns of rows 0, 2, 4 and 6, a byte each; and a bit for each that stands for no weight.
+    static TRIM_INLINE std::uint64_t columns_of_even_rows(__m256i steps, std::uint64_t* rows) {
+        const __m256i by_row = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        const __m256i halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(steps, by_row), halves);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(rows), _mm256_and_si256(bytes, _mm256_set1_epi8(7)));
+        return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 4)));
+    }
+
     // Eight columns: packed values to where their bits are, zeros elsewhere.
     static TRIM_INLINE Vector expand(std::uint64_t byte, const float*& values) {
         const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpand.lanes[byte]));

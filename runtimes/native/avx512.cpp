@@ -122,6 +122,12 @@ struct Avx512 {
         for (std::int64_t i = 0; i < kBlockRows; ++i) rows[i] = steps[i] + steps[kBlockRows + i];
     }
 
+    template <typename Value>
+    static void append_eight_steps(const std::uint32_t* columns, const Value* values, const std::uint8_t* firsts,
+                                   RowEntries& rows) {
+        for (std::int64_t k = 0; k < 8; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
+    }
+
     static constexpr std::int64_t kFewTokens = 1;
 
     // Bitmaps are smaller, and expanding them costs one instruction.

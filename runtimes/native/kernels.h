@@ -160,5 +160,26 @@ TRIM_INLINE float widen_one(Float16 value) {
 #endif
 }
 
+// ---- slots, for several tokens -------------------------------------------------------------------------------------
+
+// What eight rows keep, so far, in a tile: rows of values and columns, `stride` entries apart, and how many they are.
+struct RowEntries {
+    float* values;
+    std::uint8_t* columns;
+    std::int64_t stride;
+    std::int64_t counts[kBlockRows];
+};
+
+// Appends what the rows keep in one step of slots, whose window begins at column `first` of the tile.
+template <typename Value>
+void append_step(std::uint32_t columns, const Value* values, std::uint8_t first, RowEntries& rows) {
+    for (std::int64_t i = 0; i < kBlockRows; ++i, columns >>= 4) {
+        const std::int64_t at = i * rows.stride + rows.counts[i];
+        rows.columns[at] = static_cast<std::uint8_t>(first + (columns & 7));
+        rows.values[at] = widen_one(values[i]);
+        rows.counts[i] += (columns & 8) == 0;  // others stand for no weight
+    }
+}
+
 }  // namespace
 }  // namespace trim

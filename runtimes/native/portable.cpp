@@ -85,6 +85,13 @@ struct Portable {
     }
     static void store_rows(const BlockSums& sums, float* rows) { store(rows, add(sums.even, sums.odd)); }
 
+    // Eight steps of slots after each other; may write eight entries too many.
+    template <typename Value>
+    static void append_eight_steps(const std::uint32_t* columns, const Value* values, const std::uint8_t* firsts,
+                                   RowEntries& rows) {
+        for (std::int64_t k = 0; k < 8; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
+    }
+
     static constexpr std::int64_t kFewTokens = 1;
 
     // Never: lists are as fast where inputs are looked up in memory anyway.

@@ -7,26 +7,25 @@ namespace trim {
 namespace {
 
 constexpr std::int64_t kTileRows = 128;  // rows whose weights are decoded at a time
-constexpr std::int64_t kSlack = 64;      // entries that a store may write too many
+constexpr std::int64_t kSlack = 64;      // entries that a store may write too many, in each row
 
 // The kept weights of some rows in a few words of columns, as value and column. Decoded once and used for all tokens.
-// Rows follow each other in the order of the layout; row_end says where their entries end. Each has an even number of
-// entries, if need be with a zero at its end.
+// Rows follow each other in the order of the layout, `kRowEntries` apart. Each has an even number of entries, if need be
+// with a zero at its end.
 template <typename Isa>
 struct alignas(64) Tile {
     static constexpr std::int64_t kColumns = Isa::kTileWords * kWordColumns;
+    static constexpr std::int64_t kRowEntries = kColumns + kSlack;
     static_assert(kColumns <= 256, "a column is a byte");
 
-    float values[kTileRows * kColumns + kSlack];
-    std::uint8_t columns[kTileRows * kColumns + kSlack];
-    std::int32_t row_end[kTileRows];
-    std::int64_t entries;
+    float values[kTileRows * kRowEntries];
+    std::uint8_t columns[kTileRows * kRowEntries];
+    std::int64_t counts[kTileRows];
 
-    void end_row(std::int64_t row) {
-        values[entries] = 0.0f;
-        columns[entries] = 0;
-        entries += entries % 2;
-        row_end[row] = static_cast<std::int32_t>(entries);
+    void end_row(std::int64_t row, std::int64_t count) {
+        values[row * kRowEntries + count] = 0.0f;
+        columns[row * kRowEntries + count] = 0;
+        counts[row] = count + count % 2;
     }
 };
 
@@ -45,7 +44,6 @@ class BitmapTiles {
     static std::int64_t first_place(const Matrix&, std::int64_t group) { return group * kGroupRows; }
 
     bool decode(Span words, Tile<Isa>& tile) {
-        tile.entries = 0;
         for (std::int64_t group = groups_.first; group < groups_.last; ++group) {
             const std::uint64_t* const mask = matrix_.mask + (group * matrix_.words + words.first) * kGroupRows;
             const std::int64_t mask_words = length(words) * kGroupRows;
@@ -62,17 +60,19 @@ class BitmapTiles {
             prefetch(mask + mask_words, 0);
             for (std::uintptr_t line = 0; line < 4; ++line) prefetch(next, 64 * line);
             for (std::int64_t i = 0; i < kGroupRows; ++i) {
-                std::int64_t entries = tile.entries;
+                const std::int64_t row = (group - groups_.first) * kGroupRows + i;
+                float* const row_values = tile.values + row * Tile<Isa>::kRowEntries;
+                std::uint8_t* const row_columns = tile.columns + row * Tile<Isa>::kRowEntries;
+                std::int64_t entries = 0;
                 for (std::int64_t m = i; m < mask_words; m += kGroupRows) {
                     const std::int64_t count = popcount(mask[m]);
-                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, tile.columns + entries);
+                    Isa::store_columns(mask[m], m / kGroupRows * kWordColumns, row_columns + entries);
                     for (std::int64_t k = 0; k < count; k += Isa::kLanes) {
-                        Isa::store(tile.values + entries + k, Isa::widen(begins[m] + k));
+                        Isa::store(row_values + entries + k, Isa::widen(begins[m] + k));
                     }
                     entries += count;
                 }
-                tile.entries = entries;
-                tile.end_row((group - groups_.first) * kGroupRows + i);
+                tile.end_row(row, entries);
             }
         }
         return true;
@@ -95,6 +95,21 @@ class BitmapTiles {
     const Value* next_[kTileRows / kGroupRows];  // value of each group where the next tile begins
 };
 
+// The column at which the window of each step of slots begins, from the first window of a tile, for so many steps each.
+struct FirstColumns { std::uint8_t of[kMostSteps][256 / kWindowColumns * kMostSteps]; };
+
+constexpr FirstColumns make_first_columns() {
+    FirstColumns table{};
+    for (std::int64_t steps = 1; steps <= kMostSteps; ++steps) {
+        for (std::int64_t k = 0; k < 256 / kWindowColumns * steps; ++k) {
+            table.of[steps - 1][k] = static_cast<std::uint8_t>(k / steps * kWindowColumns);
+        }
+    }
+    return table;
+}
+
+constexpr FirstColumns kFirstColumns = make_first_columns();
+
 // Decodes blocks of slots and lists, tile after tile. Columns of a row's list must rise; where they do not, it is at its
 // end.
 template <typename Isa, typename Value>
@@ -113,12 +128,13 @@ class BlockTiles {
     }
 
     bool decode(Span words, Tile<Isa>& tile) {
-        tile.entries = 0;
-        for (std::int64_t row = 0; row < length(blocks_) * kBlockRows; ++row) {
-            const std::int64_t begin = tile.entries;
-            add_slots(row, words, tile);
-            if (!add_lists(row, words, begin + Tile<Isa>::kColumns, tile)) return false;
-            tile.end_row(row);
+        for (std::int64_t block = blocks_.first, row = 0; block < blocks_.last; ++block) {
+            RowEntries kept = {tile.values + row * kStride, tile.columns + row * kStride, kStride, {}};
+            append_slots(block, words, kept);
+            for (std::int64_t i = 0; i < kBlockRows; ++i, ++row) {
+                if (!append_list(row, words, tile, kept.counts[i])) return false;
+                tile.end_row(row, kept.counts[i]);
+            }
         }
         return true;
     }
@@ -131,47 +147,43 @@ class BlockTiles {
     }
 
   private:
-    void add_slots(std::int64_t row, Span words, Tile<Isa>& tile) const {
+    static constexpr std::int64_t kStride = Tile<Isa>::kRowEntries;
+
+    void append_slots(std::int64_t block, Span words, RowEntries& rows) const {
         constexpr std::int64_t kWindows = kWordColumns / kWindowColumns;
-        const std::int64_t block = blocks_.first + row / kBlockRows, steps = window_steps(matrix_, block);
-        const std::int64_t first = words.first * kWindows, shift = row % kBlockRows * 4;
+        const std::int64_t steps = window_steps(matrix_, block), first = words.first * kWindows;
         const std::int64_t last = words.last * kWindows < matrix_.windows ? words.last * kWindows : matrix_.windows;
         if (!steps) return;
-        const std::int64_t start = matrix_.slot_start[block] + first * steps;
-        const std::uint32_t* columns = matrix_.slot_columns + start;
-        const Value* values = static_cast<const Value*>(matrix_.slot_values) + start * kBlockRows + row % kBlockRows;
-        // Counted here: a byte that is written to the tile might, for all a compiler knows, be one of its counter.
-        std::int64_t count = tile.entries;
-        for (std::int64_t window = 0; window < last - first; ++window) {
-            for (std::int64_t step = 0; step < steps; ++step, ++columns, values += kBlockRows) {
-                const std::uint32_t column = *columns >> shift & 15;
-                tile.columns[count] = static_cast<std::uint8_t>(window * kWindowColumns + column);
-                tile.values[count] = widen_one(*values);
-                count += column < kWindowColumns;  // others stand for no weight
-            }
-        }
-        tile.entries = count;
+        const std::int64_t start = matrix_.slot_start[block] + first * steps, count = (last - first) * steps;
+        const std::uint32_t* const columns = matrix_.slot_columns + start;
+        const Value* const values = static_cast<const Value*>(matrix_.slot_values) + start * kBlockRows;
+        const std::uint8_t* const firsts = kFirstColumns.of[steps - 1];
+        std::int64_t k = 0;
+        for (; k + 8 <= count; k += 8) Isa::append_eight_steps(columns + k, values + k * kBlockRows, firsts + k, rows);
+        for (; k < count; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
     }
 
-    bool add_lists(std::int64_t row, Span words, std::int64_t most, Tile<Isa>& tile) {
+    bool append_list(std::int64_t row, Span words, Tile<Isa>& tile, std::int64_t& count) {
         const Value* const values = static_cast<const Value*>(matrix_.list_values);
         const std::uint16_t* const listed = matrix_.list_columns;
         const std::int64_t first = words.first * kWordColumns, last = words.last * kWordColumns;
         const std::int64_t end = matrix_.list_start[blocks_.first + row / kBlockRows + 1];
-        std::int64_t entry = next_[row], before = first - 1, column, count = tile.entries;
+        float* const row_values = tile.values + row * kStride;
+        std::uint8_t* const row_columns = tile.columns + row * kStride;
+        std::int64_t entry = next_[row], before = first - 1, column, kept = count;
         for (; entry < end && (column = listed[entry]) < last; entry += kBlockRows) {
             if (column <= before) {
                 if (column < first) return false;
                 entry = end;
                 break;
             }
-            if (count == most) return false;
-            tile.columns[count] = static_cast<std::uint8_t>(column - first);
-            tile.values[count] = widen_one(values[entry]);
-            ++count;
+            if (kept == Tile<Isa>::kColumns) return false;
+            row_columns[kept] = static_cast<std::uint8_t>(column - first);
+            row_values[kept] = widen_one(values[entry]);
+            ++kept;
             before = column;
         }
-        tile.entries = count;
+        count = kept;
         next_[row] = entry;
         return true;
     }
@@ -188,14 +200,15 @@ template <typename Isa, std::int64_t kWidth>
 void multiply_tile(const Tile<Isa>& tile, std::int64_t rows, const std::int32_t* order,
                    const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT outputs) {
     constexpr std::int64_t kLanes = Isa::kLanes, kTokens = kWidth * kLanes;
-    std::int64_t entry = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
+        const float* const values = tile.values + i * Tile<Isa>::kRowEntries;
+        const std::uint8_t* const columns = tile.columns + i * Tile<Isa>::kRowEntries;
         typename Isa::Vector even[kWidth] = {}, odd[kWidth] = {};
-        for (const std::int64_t end = tile.row_end[i]; entry < end; entry += 2) {
-            const float* x0 = inputs + tile.columns[entry] * kTokens;
-            const float* x1 = inputs + tile.columns[entry + 1] * kTokens;
-            const typename Isa::Vector w0 = Isa::broadcast(tile.values[entry]);
-            const typename Isa::Vector w1 = Isa::broadcast(tile.values[entry + 1]);
+        for (std::int64_t entry = 0, end = tile.counts[i]; entry < end; entry += 2) {
+            const float* x0 = inputs + columns[entry] * kTokens;
+            const float* x1 = inputs + columns[entry + 1] * kTokens;
+            const typename Isa::Vector w0 = Isa::broadcast(values[entry]);
+            const typename Isa::Vector w1 = Isa::broadcast(values[entry + 1]);
 #pragma GCC unroll 8
             for (std::int64_t v = 0; v < kWidth; ++v) {
                 even[v] = Isa::multiply_add(w0, Isa::load(x0 + v * kLanes), even[v]);

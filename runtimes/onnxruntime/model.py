@@ -38,7 +38,7 @@ class OnnxCache(DynamicCache):
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model that ONNX Runtime executes on the CPU; it has no parameters of its own.
+    """A causal language model that ONNX Runtime executes; it has no parameters of its own.
 
     Attributes:
         session: what executes.
@@ -57,7 +57,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, where inputs and outputs are, whatever executes."""
         return torch.device("cpu")
 
     @property
@@ -76,9 +76,14 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``; a given cache grows. The rest is ignored."""
+        """``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``; a given cache grows. The rest is ignored.
+
+        Raises:
+            UsageError: foreign caches; or the graph has the logits of the last token only, and more are asked for.
+        """
         batch, tokens = input_ids.shape
         if isinstance(past_key_values, OnnxCache):
             past = past_key_values
@@ -91,7 +96,12 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         found = self.session.run(
             {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.long().numpy()} | past.arrays
         )
-        logits = torch.from_numpy(found.pop("logits"))
+        logits = torch.from_numpy(found.pop("logits"))[:, -logits_to_keep:]
+        if logits.shape[1] != (logits_to_keep or tokens):
+            raise UsageError(
+                f"the ONNX graph gives logits of {logits.shape[1]} of {tokens} tokens (--last-logits): it generates, "
+                "but verify and eval need one that was exported without"
+            )
         past.arrays = {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else past)
 
@@ -101,13 +111,16 @@ def is_onnx(directory: Path | str) -> bool:
     return (Path(directory) / "model.onnx").is_file()
 
 
-def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None = None) -> OnnxCausalLM:
+def load_onnx(
+    directory: Path | str, runtime: str = "auto", threads: int | None = None, device: str = "cpu"
+) -> OnnxCausalLM:
     """Load a directory that ``trim-export convert --to onnx`` or onnxruntime-genai's model builder wrote.
 
     Args:
         directory: with ``model.onnx`` and ``config.json`` or ``genai_config.json``.
         runtime: a name in `EXECUTIONS`, or ``auto`` for our operators if they are installed.
         threads: of the session; None is torch's number.
+        device: that executes, ``cpu`` or ``cuda``; inputs and outputs are on the CPU either way.
 
     Raises:
         UsageError: unknown runtime.
@@ -115,7 +128,7 @@ def load_onnx(directory: Path | str, runtime: str = "auto", threads: int | None 
     """
     root = Path(directory)
     kernels = None if runtime == "auto" else choose("runtime of an ONNX model", runtime, EXECUTIONS)
-    session = open_session(root, kernels, threads or torch.get_num_threads())
+    session = open_session(root, kernels, threads or torch.get_num_threads(), device)
     missing = {"input_ids", "attention_mask"} - set(session.inputs)
     if missing:
         raise ArtifactError(f"{root}: its graph is no decoder with a key-value cache; it lacks {min(missing)}")

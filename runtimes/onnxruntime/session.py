@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, first_line
+from trim_export.errors import ArtifactError, EnvironmentLacks, UsageError, choose, first_line
 from trim_export.shared_library import find_library
 from trim_export.storage import difference, read_json, refuse_special_files, safe_file
 
@@ -35,10 +35,17 @@ ONNX_MANIFEST = "trim_onnx.json"
 
 CPU = "CPUExecutionProvider"
 
+_PROVIDERS = {"cpu": (CPU, LIBRARY), "cuda": ("CUDAExecutionProvider", "libtrim_onnxruntime_cuda.so")}
+"""What executes on a device, and our operators for it; those for CUDA have the CPU's too."""
+
 _READ = (".onnx", ".data", ".json", ".so")
 """Suffixes of what runtimes read."""
 
-_LACKING = "our ONNX operators are not installed; install a C++ compiler and trim-export again"
+_LACKING = {
+    "cpu": "our ONNX operators are not installed; install a C++ compiler and trim-export again",
+    "cuda": "our ONNX operators for CUDA are not installed; with nvcc: "
+    "pip install . -C cmake.define.TRIM_EXPORT_CUDA=ON",
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,9 @@ class Session:
         return dict(zip(self.outputs, found, strict=True))
 
 
-def operator_library() -> Path | None:
-    """Our operators for ONNX Runtime, or None where they were not compiled."""
-    return find_library("runtimes", "onnxruntime", LIBRARY)
+def operator_library(device: str = "cpu") -> Path | None:
+    """Our operators for ONNX Runtime on ``cpu`` or ``cuda``, or None where they were not compiled."""
+    return find_library("runtimes", "onnxruntime", _PROVIDERS[device][1])
 
 
 def read_form(directory: Path) -> Any:
@@ -98,17 +105,21 @@ def verify_onnx(directory: Path) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def open_session(directory: Path, kernels: bool | None = None, threads: int | None = None) -> Session:
-    """Load ``model.onnx`` of a directory on the CPU.
+def open_session(
+    directory: Path, kernels: bool | None = None, threads: int | None = None, device: str = "cpu"
+) -> Session:
+    """Load ``model.onnx`` of a directory.
 
     Args:
         directory: with the graph and its weights.
         kernels: register our operators; without them ONNX Runtime decodes what it loads and multiplies densely. None
             takes them where they are installed, and warns where they are not.
         threads: of the session; None leaves its choice.
+        device: ``cpu`` or ``cuda``.
 
     Raises:
-        EnvironmentLacks: onnxruntime, or our operators if ``kernels``, are not installed.
+        EnvironmentLacks: onnxruntime, or our operators if ``kernels``, are not installed; or it cannot use the device.
+        UsageError: an unknown device.
         ArtifactError: a file is missing, damaged, or leads out of the directory.
     """
     if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
@@ -118,6 +129,9 @@ def open_session(directory: Path, kernels: bool | None = None, threads: int | No
     from trim_export.converters.onnx import DOMAIN, MODEL
     from trim_export.converters.onnx.graph import check_external, read_model
 
+    provider, _ = choose("device of an ONNX model", device, _PROVIDERS)
+    if provider not in onnxruntime.get_available_providers():
+        raise EnvironmentLacks(f"this ONNX Runtime has no {provider}: pip install 'trim-export[gpu]' in its place")
     if not (directory / MODEL).is_file():
         raise ArtifactError(f"{directory}: no {MODEL}")
     refuse_special_files(directory)
@@ -128,22 +142,26 @@ def open_session(directory: Path, kernels: bool | None = None, threads: int | No
     options.log_severity_level = 3  # errors; they come as exceptions too
     if threads:
         options.intra_op_num_threads = threads
-    library = operator_library()
+    library = operator_library(device)
     if kernels is None:
         kernels = library is not None
         if ours and not kernels:
-            warnings.warn(f"{_LACKING}; standard operators are used instead", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{_LACKING[device]}; standard operators are used instead", RuntimeWarning, stacklevel=2)
     if ours and kernels:
         if library is None:
-            raise EnvironmentLacks(_LACKING)
-        options.register_custom_ops_library(str(library))
+            raise EnvironmentLacks(_LACKING[device])
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # of ONNX Runtime's own, which share no base
+            raise EnvironmentLacks(f"{library}: ONNX Runtime cannot load it ({first_line(error)})") from error
+    providers = list(dict.fromkeys([provider, CPU]))  # what CUDA has no kernel for goes to the CPU
     try:
         # Its fallback would only say the same again, on stdout.
-        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=[CPU], enable_fallback=0)
+        native = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=providers, enable_fallback=0)
     except Exception as error:  # of ONNX Runtime's own, which share no base
         raise ArtifactError(f"{directory / MODEL}: ONNX Runtime cannot load it ({first_line(error)})") from error
-    if native.get_providers() != [CPU]:
-        raise EnvironmentLacks(f"ONNX Runtime took {native.get_providers()} instead of {CPU}")
+    if native.get_providers() != providers:
+        raise EnvironmentLacks(f"ONNX Runtime took {native.get_providers()} instead of {providers}; is there a GPU?")
     inputs = {value.name: tuple(value.shape) for value in native.get_inputs()}
     return Session(native, kernels if ours else None, inputs, tuple(value.name for value in native.get_outputs()))
 

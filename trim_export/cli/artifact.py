@@ -29,6 +29,10 @@ def convert(
     portable: Annotated[
         bool, typer.Option("--portable", help="A dense onnx, for runtimes without our operators.")
     ] = False,
+    last_logits: Annotated[
+        bool,
+        typer.Option("--last-logits", help="In onnx: of a prompt the last token's only, as generation needs them."),
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Rewrite an artifact in another encoding, as a dense model, as scipy files, or for ONNX Runtime."""
@@ -39,16 +43,17 @@ def convert(
 
     choose("target", to, {**TARGETS, "onnx": None})
     only_onnx = {"--encoding": encoding, "--dtype": dtype, "--lm-head": lm_head, "--portable": portable or None}
+    only_onnx["--last-logits"] = last_logits or None
     given = [name for name, value in only_onnx.items() if value is not None]
     if given and to != "onnx":
         raise UsageError(f"{given[0]} belongs to --to onnx, not to {to}")
-    if portable and len(given) > 1:
+    if portable and given[0] != "--portable":
         raise UsageError(f"--portable is dense and as stored; leave out {given[0]}")
     artifact, blocks = open_artifact(directory), _parse_block(block)
     if to == "onnx":
         if blocks is not None:
             raise UsageError("--block belongs to --to bsr, not to onnx")
-        result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head or "stored", portable)
+        result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head or "stored", portable, last_logits)
     else:
         result = convert_artifact(artifact, to, output, blocks, track)
     out.print(
@@ -65,7 +70,13 @@ def convert(
 
 
 def _to_onnx(
-    artifact: Artifact, output: Path, encoding: str, dtype: str | None, lm_head: str, portable: bool
+    artifact: Artifact,
+    output: Path,
+    encoding: str,
+    dtype: str | None,
+    lm_head: str,
+    portable: bool,
+    last_logits: bool,
 ) -> dict[str, Any]:
     if importlib.util.find_spec("onnx") is None:
         raise EnvironmentLacks("ONNX export needs its packages: pip install 'trim-export[cpu]'")
@@ -78,7 +89,7 @@ def _to_onnx(
     choose("dtype", dtype or stored, VALUES)
     choose("LM head", lm_head, LM_HEADS)
     form = Form(encoding, dtype or stored, stored if lm_head == "stored" else lm_head)
-    return convert_to_onnx(artifact, output, None if portable else form, track)
+    return convert_to_onnx(artifact, output, None if portable else form, track, last_logits)
 
 
 def _parse_block(text: str | None) -> tuple[int, int] | None:

@@ -68,6 +68,39 @@ def test_sparse_products_are_replaced_and_the_model_computes_the_same(encoding: 
         torch.testing.assert_close(product(out, inputs, kernels), expected, rtol=1e-4, atol=1e-4)
 
 
+@needs_operators
+@pytest.mark.parametrize("encoding", ["bitmap", "csr"])
+def test_sparse_products_of_one_input_become_one(encoding: str, tmp_path: Path) -> None:
+    weights = {
+        "up": sparse(70, 50).T.contiguous(),
+        "dense": torch.randn(50, 70),
+        "gate": sparse(70, 50, seed=1).T.contiguous(),
+        "short": sparse(9, 50, seed=2).T.contiguous(),
+        "other": sparse(9, 70, seed=3).T.contiguous(),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["A", "gate"], ["g"]),
+        helper.make_node("MatMul", ["A", "dense"], ["d"]),
+        helper.make_node("Add", ["g", "d"], ["h"]),
+        helper.make_node("MatMul", ["A", "up"], ["u"]),
+        helper.make_node("MatMul", ["A", "short"], ["s"]),
+        helper.make_node("Mul", ["h", "u"], ["x"]),
+        helper.make_node("MatMul", ["x", "other"], ["y"]),
+        helper.make_node("Add", ["y", "s"], ["Y"]),
+    ]
+    write(tmp_path / "dense", nodes, weights, 50, 9)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert sparsify(tmp_path / "dense", out, Form(encoding)).matrices == 4
+    kinds = [node.op_type for node in read_model(out / MODEL).graph.node if node.domain == DOMAIN]
+    assert len(kinds) == 2
+    inputs = torch.randn(4, 50)
+    hidden = (inputs @ weights["gate"] + inputs @ weights["dense"]) * (inputs @ weights["up"])
+    expected = hidden @ weights["other"] + inputs @ weights["short"]
+    for kernels in (True, False):
+        torch.testing.assert_close(product(out, inputs, kernels), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_a_weight_with_another_use_stays(tmp_path: Path) -> None:
     weights = {"twice": sparse(50, 50).T.contiguous(), "once": sparse(50, 50, seed=1).T.contiguous()}
     nodes = [
