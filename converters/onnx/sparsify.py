@@ -7,6 +7,7 @@ left apart (gate and up) become one, since at one token a product costs about as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
+from trim_export.converters.int8 import balance_columns
 from trim_export.converters.matrix import SparseMatrix
 from trim_export.converters.onnx.graph import MODEL, DataFile, read_model, read_tensor
 from trim_export.converters.onnx.head import dense_matrix, find_head, rewrite_lookup
@@ -70,15 +72,27 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
         if name not in skipped and _sparsity(read_tensor(source, weights[name])) >= form.least_sparsity
     }
     siblings = _siblings(model, sparse)
+    # Large inputs of the last product of a gated MLP meet small weights, which steps for a whole row would round away.
+    feeds = _feeds(model, sparse) if form.values == "int8" else {}
+    fed = {name for name in feeds.values() if len(siblings[name]) == 1}
+
+    def balanced(name: str) -> tuple[SparseMatrix, Tensor]:
+        return balance_columns(SparseMatrix.from_dense(read_tensor(source, weights[name]).T))
+
+    def factors(name: str) -> Tensor:
+        return balanced(feeds[name])[1] if feeds.get(name) in fed else torch.ones(weights[name].dims[1])
+
     counts: list[tuple[int, int, int]] = []
     used: dict[str, Operator] = {}
     made: list[TensorProto] = []
     splits: list[NodeProto] = []
     with DataFile(out / f"{MODEL}.data") as file:
 
-        def store(name: str, operator: Operator, matrix: SparseMatrix, values: str) -> None:
+        def store(
+            name: str, operator: Operator, matrix: SparseMatrix, values: str, factors: Tensor | float = 1
+        ) -> None:
             stored, scales = with_values(matrix, values)
-            constants = operator.encode(stored) | {"scales": scales}
+            constants = operator.encode(stored) | {"scales": scales * factors}
             made.extend(file.add(f"{name}.{part}", constants[part]) for part in operator.constants)
 
         def multiply(node: NodeProto, operator: Operator, name: str, shape: tuple[int, int]) -> None:
@@ -98,9 +112,9 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
             if name != names[0]:
                 continue
             parts = [read_tensor(source, weights[part]).T for part in names]
-            matrix = SparseMatrix.from_dense(torch.cat(parts))
+            matrix = balanced(name)[0] if name in fed else SparseMatrix.from_dense(torch.cat(parts))
             operator, joined = pick_encoding(form.encoding, matrix.shape[1]), "+".join(names)
-            store(joined, operator, matrix, form.values)
+            store(joined, operator, matrix, form.values, torch.cat([factors(part) for part in names]))
             if len(names) > 1:
                 made.append(file.add(f"{joined}.rows", torch.tensor([len(part) for part in parts])))
                 splits.append(_join([sparse[part][0] for part in names], f"{joined}.rows"))
@@ -138,6 +152,24 @@ def _siblings(model: ModelProto, products: Mapping[str, Sequence[NodeProto]]) ->
             alone = len(products[name]) > 1  # several products of one weight
             by_input.setdefault(name if alone else f"input {node.input[0]}", []).append(name)
     return {name: list(dict.fromkeys(names)) for names in by_input.values() for name in names}
+
+
+def _feeds(model: ModelProto, products: Mapping[str, Sequence[NodeProto]]) -> dict[str, str]:
+    """Weights whose outputs, each multiplied by something, are all inputs of another's: up feeds down, in a gated MLP.
+
+    A factor for a row of the one is then a factor for a column of the other, and nothing is left to do in between.
+    """
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    uses.update(value.name for value in model.graph.output)
+    alone = {nodes[0].output[0]: name for name, nodes in products.items() if len(nodes) == 1}
+    found = {}
+    for name in alone.values():
+        between = made_by.get(products[name][0].input[0])
+        if between is not None and between.op_type == "Mul" and uses[between.output[0]] == 1:
+            first = [alone[side] for side in between.input if side in alone and uses[side] == 1]
+            found.update(dict.fromkeys(first[:1], name))
+    return found
 
 
 def _join(nodes: Sequence[NodeProto], rows: str) -> NodeProto:

@@ -101,6 +101,48 @@ def test_sparse_products_of_one_input_become_one(encoding: str, tmp_path: Path) 
         torch.testing.assert_close(product(out, inputs, kernels), expected, rtol=1e-4, atol=1e-3)
 
 
+def gated(folder: Path, nodes_behind: list[Any]) -> dict[str, Tensor]:
+    """A gated MLP whose large activations meet small weights, as those of trained models do."""
+    sizes = torch.arange(64).remainder(13).sub(6).float().exp2()
+    weights = {
+        "gate": sparse(64, 50).T.contiguous(),
+        "up": (sparse(64, 50, seed=1) * sizes[:, None]).T.contiguous(),
+        "down": (sparse(40, 64, seed=2) / sizes).T.contiguous(),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["A", "gate"], ["x"]),
+        helper.make_node("MatMul", ["A", "up"], ["y"]),
+        helper.make_node("Sigmoid", ["x"], ["open"]),
+        helper.make_node("Mul", ["open", "y"], ["xy"]),
+        helper.make_node("MatMul", ["xy", "down"], ["z"]),
+    ]
+    write(folder, nodes + nodes_behind, weights, 50, 40)
+    return weights
+
+
+@needs_operators
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rounding_spares_small_weights_that_meet_large_inputs(kernels: bool, tmp_path: Path) -> None:
+    alone = [helper.make_node("Identity", ["z"], ["Y"])]
+    shared = [  # up has another use, so that its outputs must stay as they are
+        helper.make_node("ReduceSum", ["y"], ["total"], keepdims=0),
+        helper.make_node("Mul", ["total", "total"], ["square"]),
+        helper.make_node("Sub", ["square", "square"], ["nothing"]),
+        helper.make_node("Add", ["z", "nothing"], ["Y"]),
+    ]
+    inputs, errors = torch.randn(5, 50, generator=torch.Generator().manual_seed(3)), []
+    for name, behind in {"alone": alone, "shared": shared}.items():
+        weights = gated(tmp_path / name, behind)
+        out = tmp_path / f"{name}-out"
+        out.mkdir()
+        sparsify(tmp_path / name, out, Form("csr", "int8"))
+        gate, up, down = (weights[part].double() for part in ("gate", "up", "down"))
+        expected = ((inputs.double() @ gate).sigmoid() * (inputs.double() @ up)) @ down
+        errors.append(((product(out, inputs, kernels).double() - expected).norm() / expected.norm()).item())
+    assert errors[0] < 0.02
+    assert errors[1] > 3 * errors[0]
+
+
 def test_a_weight_with_another_use_stays(tmp_path: Path) -> None:
     weights = {"twice": sparse(50, 50).T.contiguous(), "once": sparse(50, 50, seed=1).T.contiguous()}
     nodes = [
