@@ -186,7 +186,8 @@ class _Worker:
         # Whether waiting threads spin or sleep is left as it is, for it is part of what is measured: only one of the
         # processes works at a time, and threads of the others have gone to sleep by then.
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        if entry.runtime in EXECUTIONS:  # has threads of its own; torch's, which only pick tokens, would spin beside them
+        if entry.runtime in EXECUTIONS:
+            # A session has threads of its own; torch's, which only pick tokens, would spin beside them.
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trim_export.bench_worker", json.dumps(settings)],
