@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.cpu_layers.contestants import CONTESTANTS, Contestant
+from benchmarks.cpu_layers.contestants import CONTESTANTS, Contestant, share_threads
 from benchmarks.cpu_layers.deepsparse import DeepSparse
 from benchmarks.cpu_layers.plot import plot
 from benchmarks.cpu_layers.shapes import SHAPES, Shape, random_matrix
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    share_threads(options.threads)
     known = {shape.model for shape in SHAPES}
     models = known if options.model == ["all"] else set(options.model)
     if models - known:
@@ -89,10 +90,10 @@ class _Entry:
     nbytes: int | None
 
 
-def _entry(contestant: Contestant, matrix: SparseMatrix, threads: int) -> _Entry:
-    first = contestant.make(matrix, threads)
+def _entry(contestant: Contestant, matrix: SparseMatrix) -> _Entry:
+    first = contestant.make(matrix, None)
     more = min(max(int(COLD_BYTES / first.nbytes), 1), MOST_COPIES)
-    copies = [first, *(contestant.make(matrix, threads) for _ in range(more))]
+    copies = [first, *(contestant.make(matrix, None) for _ in range(more))]
 
     def turn(inputs: Tensor, products: int) -> list[float]:
         spent = []
@@ -113,7 +114,7 @@ def measure(
     """Rows of one matrix: each contestant at each number of tokens."""
     matrix = random_matrix(shape, sparsity)
     with ExitStack() as stack:
-        entries = {c.name: _entry(c, matrix, threads) for c in CONTESTANTS if c.is_here()}
+        entries = {c.name: _entry(c, matrix) for c in CONTESTANTS if c.is_here()}
         if deepsparse:
             copies = int(COLD_BYTES / (4 * matrix.nnz)) + 1
             worker = stack.enter_context(DeepSparse(deepsparse, matrix.to_dense().numpy(), copies, threads))

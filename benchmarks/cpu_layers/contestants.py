@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from trim_export.converters import SparseMatrix
 from trim_export.runtimes.linear import Layout
 from trim_export.runtimes.native import NativeLinear, NativeRuntime
 
-__all__ = ["CONTESTANTS", "Contestant", "Layer"]
+__all__ = ["CONTESTANTS", "Contestant", "Layer", "share_threads"]
 
 CPU = Layout(torch.device("cpu"))
 BLOCK = 32  # weights that share a scale in onnxruntime's 4- and 8-bit matrices
@@ -39,10 +38,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to multiply; ``needs`` names a module without which it is left out."""
+    """A way to multiply, on so many threads or (None) as `share_threads` says; without ``needs`` it is left out."""
 
     name: str
-    make: Callable[[SparseMatrix, int], Layer]
+    make: Callable[[SparseMatrix, int | None], Layer]
     needs: str | None = None
 
     def is_here(self) -> bool:
@@ -54,15 +53,15 @@ def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _dense(dtype: torch.dtype) -> Callable[[SparseMatrix, int], Layer]:
-    def make(matrix: SparseMatrix, _: int) -> Layer:
+def _dense(dtype: torch.dtype) -> Callable[[SparseMatrix, int | None], Layer]:
+    def make(matrix: SparseMatrix, _: int | None) -> Layer:
         weight = matrix.to_dense().to(dtype)
         return Layer(lambda x: linear(x.to(dtype), weight), _size(weight))
 
     return make
 
 
-def _torch_csr(matrix: SparseMatrix, _: int) -> Layer:
+def _torch_csr(matrix: SparseMatrix, _: int | None) -> Layer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = matrix.to_dense().to_sparse_csr()
@@ -75,7 +74,7 @@ def _torch_csr(matrix: SparseMatrix, _: int) -> Layer:
     return Layer(multiply, _size(rows, columns, values))
 
 
-def _scipy(matrix: SparseMatrix, _: int) -> Layer:
+def _scipy(matrix: SparseMatrix, _: int | None) -> Layer:
     from scipy.sparse import csr_matrix
 
     weight = csr_matrix(matrix.to_dense().numpy())
@@ -83,23 +82,23 @@ def _scipy(matrix: SparseMatrix, _: int) -> Layer:
     return Layer(lambda x: weight @ x.numpy().T, nbytes)
 
 
-def _native(dtype: torch.dtype) -> Callable[[SparseMatrix, int], Layer]:
-    def make(matrix: SparseMatrix, _: int) -> Layer:
+def _native(dtype: torch.dtype) -> Callable[[SparseMatrix, int | None], Layer]:
+    def make(matrix: SparseMatrix, _: int | None) -> Layer:
         layer = NativeLinear(matrix, None, replace(CPU, values=dtype))
         return Layer(layer, _size(*layer.buffers()))
 
     return make
 
 
-def _auto(matrix: SparseMatrix, _: int) -> Layer:
+def _auto(matrix: SparseMatrix, _: int | None) -> Layer:
     layer = NativeRuntime().linear(matrix, None, CPU)
     return Layer(layer, _size(*layer.buffers()))
 
 
-def _onnxruntime(bits: int | None) -> Callable[[SparseMatrix, int], Layer]:
+def _onnxruntime(bits: int | None) -> Callable[[SparseMatrix, int | None], Layer]:
     """A model of one product: MatMul, or MatMulNBits with 32 weights a scale and 8-bit activations inside."""
 
-    def make(matrix: SparseMatrix, threads: int) -> Layer:
+    def make(matrix: SparseMatrix, threads: int | None) -> Layer:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
 
@@ -129,9 +128,11 @@ def _onnxruntime(bits: int | None) -> Callable[[SparseMatrix, int], Layer]:
         graph = helper.make_graph([node], "layer", *ends, weights)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        _share_threads(threads)
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
+        if threads is None:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = threads
         providers = ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
         nbytes = sum(len(weight.raw_data) for weight in weights)
@@ -140,12 +141,15 @@ def _onnxruntime(bits: int | None) -> Callable[[SparseMatrix, int], Layer]:
     return make
 
 
-@functools.cache
-def _share_threads(threads: int) -> None:
-    """Let sessions, one for each copy of the weights, wait for work with the same threads, as one model would."""
-    import onnxruntime
+def share_threads(threads: int) -> None:
+    """Let all sessions of this process, one for each copy of the weights, use the same threads, as one model would.
 
-    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    From then on onnxruntime makes no others here.
+    """
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def _blockwise(dense: Any, bits: int) -> tuple[Any, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.cpu_layers import __main__ as sweep
 from benchmarks.cpu_layers.contestants import CONTESTANTS, Contestant
 from benchmarks.cpu_layers.shapes import SHAPES, Shape, random_matrix
 from trim_export.runtimes.native.library import library
@@ -44,32 +43,31 @@ def test_rows_of_a_random_matrix_differ_and_their_mean_is_right() -> None:
     assert len({(shape.rows, shape.columns, shape.model) for shape in SHAPES}) == len(SHAPES)
 
 
-def test_a_run_writes_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# In a process of its own, since threads that sessions share are those of the whole process from then on.
+SMALL_RUN = """
+from unittest import mock
+from benchmarks.cpu_layers import __main__ as sweep
+from benchmarks.cpu_layers.shapes import Shape
+
+with (
+    mock.patch.object(sweep, "SHAPES", (Shape("small", 48, 96),)),
+    mock.patch.object(sweep, "COLD_BYTES", 1e5),
+    mock.patch.object(sweep, "read_bandwidth", return_value=1.0),
+):
+    sweep.main()
+"""
+
+
+def test_a_run_writes_every_cell(tmp_path: Path) -> None:
     out = tmp_path / "layers.json"
-    arguments = [
-        "",
-        "--model",
-        "small",
-        "--sparsity",
-        "0.6",
-        "--tokens",
-        "1",
-        "20",
-        "--rounds",
-        "2",
-        "--json",
-        str(out),
-    ]
-    with (
-        mock.patch.object(sys, "argv", arguments),
-        mock.patch.object(sweep, "SHAPES", (SMALL,)),
-        mock.patch.object(sweep, "COLD_BYTES", 1e5),
-        mock.patch.object(sweep, "read_bandwidth", return_value=1.0),
-    ):
-        sweep.main()
+    arguments = f"--model small --sparsity 0.6 --tokens 1 20 --rounds 2 --threads 2 --json {out}".split()
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_RUN, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     here = {contestant.name for contestant in CONTESTANTS if contestant.is_here()}
     cells = {(row["contestant"], row["tokens"]) for row in written["rows"]}
     assert cells == {(name, tokens) for name in here for tokens in (1, 20)}
     assert set(written["machine"]["left_out"]) | here == {contestant.name for contestant in CONTESTANTS}
-    assert "native bfloat16" in capsys.readouterr().out
+    assert "native bfloat16" in done.stdout
