@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from strategies import DTYPES
 from torch import Tensor
 
@@ -23,6 +25,7 @@ __all__ = [
     "BITMAP",
     "CPU",
     "LISTS",
+    "SHAPES",
     "SLOTS",
     "STORED",
     "available",
@@ -35,6 +38,13 @@ __all__ = [
 needs_library = pytest.mark.skipif(library() is None, reason="installed without the library")
 CPU = Layout(torch.device("cpu"))
 STORED = (*DTYPES, torch.int8)
+
+SHAPES: dict[str, Any] = {
+    "rows": st.integers(1, 21),
+    "columns": st.sampled_from([1, 7, 8, 31, 63, 64, 65, 127, 200]),
+    "density": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+}
+"""Strategies: fewer than a block of rows to some, columns around the widths of windows and words."""
 
 BITMAP = Preference(-1.0, math.inf)
 LISTS = Preference(1.0, math.inf)

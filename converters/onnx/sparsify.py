@@ -88,11 +88,9 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     splits: list[NodeProto] = []
     with DataFile(out / f"{MODEL}.data") as file:
 
-        def store(
-            name: str, operator: Operator, matrix: SparseMatrix, values: str, factors: Tensor | float = 1
-        ) -> None:
+        def store(name: str, operator: Operator, matrix: SparseMatrix, values: str, rows: Tensor | float = 1) -> None:
             stored, scales = with_values(matrix, values)
-            constants = operator.encode(stored) | {"scales": scales * factors}
+            constants = operator.encode(stored) | {"scales": scales * rows}
             made.extend(file.add(f"{name}.{part}", constants[part]) for part in operator.constants)
 
         def multiply(node: NodeProto, operator: Operator, name: str, shape: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_layers import ALL_FORMS, BITMAP, LISTS, SLOTS, available, layer, needs_library, random_matrix
+from native_layers import ALL_FORMS, BITMAP, LISTS, SHAPES, SLOTS, available, layer, needs_library, random_matrix
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -71,9 +71,7 @@ def assert_same_bits(found: Tensor, expected: NDArray[np.float32]) -> None:
 @pytest.mark.parametrize("name", available())
 @settings(max_examples=60)
 @given(
-    rows=st.integers(1, 21),
-    columns=st.sampled_from([1, 7, 8, 31, 63, 64, 65, 127, 200]),
-    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    **SHAPES,
     tokens=st.sampled_from([1, 2, 3, 12, 13, 64, 130]),
     form=st.sampled_from([BITMAP, SLOTS, LISTS, ALL_FORMS]),
     size=st.sampled_from([1e-37, 1e-3, 1.0, 1e4, 1e36]),

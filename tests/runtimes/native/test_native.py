@@ -21,6 +21,7 @@ from native_layers import (
     BITMAP,
     CPU,
     LISTS,
+    SHAPES,
     SLOTS,
     STORED,
     available,
@@ -83,9 +84,7 @@ def assert_multiplies(
 @pytest.mark.parametrize("name", available())
 @settings(max_examples=60)
 @given(
-    rows=st.integers(1, 21),
-    columns=st.sampled_from([1, 7, 8, 31, 63, 64, 65, 127, 200]),
-    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    **SHAPES,
     tokens=st.sampled_from([0, 1, 2, 5, 7, 8, 9, 13, 16, 33, 130]),
     stored=st.sampled_from(STORED),
     form=st.builds(Preference, st.sampled_from([-1.0, 0.1, 0.5, 1.0]), st.sampled_from([0.0, 3.0, math.inf])),
