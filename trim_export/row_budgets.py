@@ -104,8 +104,8 @@ def matrix(layer: LayerView, target: float, policy: Policy) -> RowPlan:
     The baseline of the magnitude pruning in the papers' code.
     """
     rows, columns = layer.score.shape
-    total = rows * columns
-    kept = keep_best(layer.score.view(1, total), torch.tensor([round(target * total)], device=layer.score.device))
+    pruned = torch.tensor([round(target * rows * columns)], device=layer.score.device)
+    kept = keep_best(layer.score.view(1, rows * columns), pruned)
     return RowPlan(columns - kept.view(rows, columns).sum(dim=1))
 
 
@@ -122,8 +122,9 @@ def lagrangian(layer: LayerView, target: float, policy: Policy) -> RowPlan:
     held-out text left two of three matrices worse than uniform rows (`benchmarks/row_budgets.py` measures both). For
     weights that stay as they are: after an update these rows were mostly worse than uniform ones; see `anticipating`.
     """
-    errors = squared_errors(layer.curves)[:, : row_cap(layer.score.shape[1], target) + 1]
-    return RowPlan(allocate(errors, round(target * layer.score.numel())))
+    rows, columns = layer.score.shape
+    errors = squared_errors(layer.curves)[:, : row_cap(columns, target) + 1]
+    return RowPlan(allocate(errors, round(target * rows * columns)))
 
 
 def anticipating(layer: LayerView, target: float, policy: Policy) -> RowPlan:

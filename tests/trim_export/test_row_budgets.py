@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -192,6 +192,7 @@ minimising = pytest.mark.parametrize("name", ["lagrangian", "anticipating"])
 
 @minimising
 @given(layers, targets)
+@example(layer_of(scores(3, 30, 0, None)), 0.95)  # 85.5 weights, where it matters which factors are multiplied first
 @settings(max_examples=60)
 def test_the_total_is_exact_and_no_row_above_the_cap(name: str, layer: LayerView, target: float) -> None:
     rows, columns = layer.score.shape
