@@ -8,7 +8,7 @@
 namespace trim {
 namespace {
 
-struct Avx512 {
+struct Avx512 : PlainQuads {
     static constexpr std::int64_t kLanes = 16, kWidest = 8, kTileWords = 1;
     using Vector = __m512;
 
@@ -95,7 +95,7 @@ struct Avx512 {
     static TRIM_INLINE float total(Vector vector) { return _mm512_reduce_add_ps(vector); }
 
     // Eight rows at one step of a list in the lower half, at the next in the upper one.
-    struct BlockSums { Vector steps; };
+    struct BlockSums { Vector steps = broadcast(0.0f); };
 
     // Never chosen (see `step_cost`), so plain.
     template <typename Value>
@@ -127,6 +127,7 @@ struct Avx512 {
                                    RowEntries& rows) {
         for (std::int64_t k = 0; k < 8; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
     }
+    static constexpr auto append_quad = trim::append_quad;
 
     static constexpr std::int64_t kFewTokens = 1;
 

@@ -63,13 +63,16 @@ bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::int64_
     return size == wanted && (wanted == 0 || aligned(array, bytes));
 }
 
-// Whether every window of a block has as many steps, and none too many.
-bool are_slots(const Matrix& matrix, std::int64_t steps) {
+// Whether every window of a block has as many steps, and none too many. Steps come `unit` at a time.
+bool are_slots(const Matrix& matrix, std::int64_t steps, std::int64_t most, std::int64_t unit) {
     if (!rises(matrix.slot_start, matrix.blocks, steps)) return false;
-    for (std::int64_t block = 0; block < matrix.blocks; ++block) {
-        std::int64_t left = matrix.slot_start[block + 1] - matrix.slot_start[block];
-        for (std::int64_t step = 0; step < kMostSteps && left > 0; ++step) left -= matrix.windows;
+    for (std::int64_t block = 0, sound = 0; block < matrix.blocks; ++block) {
+        const std::int64_t size = matrix.slot_start[block + 1] - matrix.slot_start[block];
+        if (size == sound) continue;  // rows are sorted, so that most blocks are like the one before
+        std::int64_t left = size;
+        for (std::int64_t step = 0; step < most && left > 0; step += unit) left -= matrix.windows * unit;
         if (left != 0) return false;
+        sound = size;
     }
     return true;
 }
@@ -84,8 +87,9 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         given.bitmap_rows > given.rows || (given.bitmap_rows < given.rows && given.bitmap_rows % kGroupRows)) {
         return TRIM_NATIVE_NO_MATRIX;
     }
+    const bool integers = given.value_type == TRIM_NATIVE_I8;
     matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns),
-              divide_up(given.columns, kWindowColumns), given.order, divide_up(given.bitmap_rows, kGroupRows), given.mask,
+              divide_up(given.columns, integers ? kQuadColumns : kWindowColumns), given.order, divide_up(given.bitmap_rows, kGroupRows), given.mask,
               given.group_start, given.values, divide_up(given.rows - given.bitmap_rows, kBlockRows), given.slot_start,
               given.slot_columns, given.slot_values, given.list_start, given.list_columns, given.list_values,
               given.scales};
@@ -105,22 +109,20 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         (given.input_scales != nullptr && !fits(given.input_scales, given.input_scales_size, given.columns, 4))) {
         return TRIM_NATIVE_BAD_SIZE;
     }
-    if (given.input_limit != 0 &&
-        (given.input_limit < 2 || given.input_limit > kMostInput || given.value_type != TRIM_NATIVE_I8)) {
+    if (integers ? given.input_limit < 2 || given.input_limit > kMostInput
+                 : given.input_limit != 0 || given.input_scales != nullptr) {
         return TRIM_NATIVE_BAD_LIMIT;
     }
-    for (std::int64_t i = 0; i < matrix.rows; ++i) {
-        if (matrix.order[i] < 0 || matrix.order[i] >= matrix.rows) return TRIM_NATIVE_BAD_ORDER;
-    }
+    if (!below(matrix.order, matrix.rows, matrix.rows)) return TRIM_NATIVE_BAD_ORDER;
     if (!rises(matrix.group_start, matrix.groups, given.values_size - TRIM_NATIVE_TAIL)) return TRIM_NATIVE_BAD_MASK;
-    if (given.slot_start == nullptr ? given.slot_columns_size != 0 : !are_slots(matrix, given.slot_columns_size)) {
+    if (given.slot_start == nullptr ? given.slot_columns_size != 0
+                                    : !are_slots(matrix, given.slot_columns_size, integers ? kQuadColumns : kMostSteps,
+                                                 integers ? kQuadSteps : 1)) {
         return TRIM_NATIVE_BAD_MASK;
     }
-    if (!rises(matrix.list_start, matrix.blocks, given.list_columns_size)) return TRIM_NATIVE_BAD_MASK;
-    for (std::int64_t block = 0; block < matrix.blocks; ++block) {
-        if (matrix.list_start[block] % (2 * kBlockRows)) return TRIM_NATIVE_BAD_MASK;
-    }
-    return given.list_columns_size % (2 * kBlockRows) ? TRIM_NATIVE_BAD_MASK : TRIM_NATIVE_OK;
+    const bool lists = rises(matrix.list_start, matrix.blocks, given.list_columns_size) &&
+                       multiples(matrix.list_start, matrix.blocks + 1, 2 * kBlockRows);
+    return lists ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK;
 }
 
 // ---- threads ----------------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ bool threads_sleep() {
 // What there is to do costs, in listed weights: of a bitmap each column, kept or not, and each kept one besides; each step
 // of slots.
 struct Cost { double column, kept, step; };
-constexpr Cost kDecodeCost = {0.3, 0.1, 4};
+constexpr Cost kDecodeCost = {0.3, 0.1, 4}, kDecodeQuadsCost = {0.3, 0.1, 1};
 constexpr Cost kBatchCost = {0.05, 1.0, 5};
 
 // The groups and blocks of a matrix, in this order, divided among threads.
@@ -268,33 +270,28 @@ std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAli
 // ---- a few tokens -----------------------------------------------------------------------------------------------
 
 // Tokens one by one, but a group or block of rows at a time.
-std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const float* inputs, std::int64_t tokens,
-                          std::int64_t input_stride, float* outputs, std::int64_t output_stride,
+std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, Cost cost, const float* inputs,
+                          std::int64_t tokens, std::int64_t input_stride, float* outputs, std::int64_t output_stride,
                           const TrimNativePool& pool) {
     const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
-    const std::int64_t slot_floats = matrix.windows * kWindowColumns;
-    const std::int64_t block_floats = !matrix.blocks ? 0 : slot_floats > kListInputs ? slot_floats : kListInputs;
-    const std::int64_t all = bitmap_floats + block_floats;
+    const std::int64_t input_floats = bitmap_floats + (matrix.blocks ? block_floats(matrix) : 0);
+    const std::int64_t places = divide_up(matrix.groups * kGroupRows + matrix.blocks * kBlockRows, 16) * 16;  // whole lines
+    const std::int64_t all = input_floats + places;
     float* const memory = reserve<Use::kProduct>(all * tokens);
     if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
     for (std::int64_t t = 0; t < tokens; ++t) {
         const float* const x = inputs + t * input_stride;
         float* const arranged = memory + t * all;
-        if (bitmap_floats) kernel.for_bitmap(x, matrix, arranged);
-        if (block_floats) {
-            float* const plain = arranged + bitmap_floats;
-            std::memcpy(plain, x, static_cast<std::size_t>(matrix.columns) * sizeof(float));
-            for (std::int64_t j = matrix.columns; j < slot_floats; ++j) plain[j] = 0.0f;
-        }
-        std::memset(outputs + t * output_stride, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));
+        if (matrix.groups) kernel.for_bitmap(x, matrix, arranged);
+        if (matrix.blocks) kernel.for_blocks(x, matrix, arranged + bitmap_floats);
     }
     const auto multiply = [&](Span groups, Span blocks, std::int64_t t) {
         const float* const arranged = memory + t * all;
-        float* const y = outputs + t * output_stride;
-        kernel.blocks(matrix, blocks, arranged + bitmap_floats, y);
-        return kernel.bitmap(matrix, groups, arranged, y);
+        float* const totals = memory + t * all + input_floats;
+        kernel.blocks(matrix, blocks, arranged + bitmap_floats, totals);
+        return kernel.bitmap(matrix, groups, arranged, totals);
     };
-    const Shares shares(matrix, kDecodeCost, static_cast<double>(tokens), pool);
+    const Shares shares(matrix, cost, static_cast<double>(tokens), pool);
     const bool good = run(pool, shares.count(), [&](std::int32_t share) {
         const Span groups = shares.groups(share), blocks = shares.blocks(share);
         if (tokens == 1) return multiply(groups, blocks, 0);
@@ -307,7 +304,17 @@ std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, const floa
         }
         return all_good;
     });
-    return good ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK;
+    if (!good) return TRIM_NATIVE_BAD_MASK;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        const float* const totals = memory + t * all + input_floats;
+        float* const y = outputs + t * output_stride;
+        std::memset(y, 0, static_cast<std::size_t>(matrix.rows) * sizeof(float));  // an order may leave rows out
+        for (std::int64_t place = 0; place < matrix.rows; ++place) {
+            const std::int32_t row = matrix.order[place];
+            y[row] = matrix.scales ? totals[place] * matrix.scales[row] : totals[place];
+        }
+    }
+    return TRIM_NATIVE_OK;
 }
 
 // ---- several tokens ---------------------------------------------------------------------------------------------
@@ -419,8 +426,9 @@ std::int32_t multiply_chunk(const Matrix& matrix, const Batch& kernel, const flo
 std::int32_t multiply(const Matrix& matrix, const Kernels& kernels, std::int32_t value_type, bool few,
                       const float* inputs, std::int64_t tokens, std::int64_t input_stride, float* outputs,
                       std::int64_t output_stride, const TrimNativePool& pool) {
-    return few ? multiply_few(matrix, kernels.decode[value_type], inputs, tokens, input_stride, outputs, output_stride,
-                              pool)
+    const Cost cost = value_type == TRIM_NATIVE_I8 ? kDecodeQuadsCost : kDecodeCost;
+    return few ? multiply_few(matrix, kernels.decode[value_type], cost, inputs, tokens, input_stride, outputs,
+                              output_stride, pool)
                : multiply_chunk(matrix, kernels.batch[value_type], inputs, tokens, input_stride, outputs,
                                 output_stride, pool);
 }
@@ -441,7 +449,7 @@ std::int32_t multiply_rounded(const TrimNativeMatrix& given, const Matrix& matri
         });
     };
     for_each_token(matrix.columns, [&](std::int64_t t) {
-        factors[t] = round_token(inputs + t * input_stride, matrix.columns, given.input_scales, given.input_limit,
+        factors[t] = kernels.round_token(inputs + t * input_stride, matrix.columns, given.input_scales, given.input_limit,
                                  rounded + t * matrix.columns);
     });
     const std::int32_t status = multiply(matrix, kernels, given.value_type, few, rounded, tokens, matrix.columns,
@@ -486,7 +494,7 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
         const float* const x = inputs + first * input_stride;
         float* const y = outputs + first * output_stride;
         const std::int32_t status =
-            matrix->input_limit || matrix->input_scales
+            matrix->input_limit
                 ? multiply_rounded(*matrix, checked, kernels, few, x, some, input_stride, y, output_stride, *pool)
                 : multiply(checked, kernels, matrix->value_type, few, x, some, input_stride, y, output_stride, *pool);
         if (status) return status;
@@ -535,6 +543,8 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
     return TRIM_NATIVE_OK;
 }
 
+std::int32_t trim_native_input_limit(std::int64_t most) { return trim::input_limit(most < 1 ? 1 : most); }
+
 double trim_native_step_cost(std::int32_t value_type) {
     const bool known = value_type >= TRIM_NATIVE_F32 && value_type <= TRIM_NATIVE_I8;
     return known ? trim::kernels_in_use.load(std::memory_order_relaxed)->step_cost[value_type]
@@ -572,7 +582,7 @@ const char* trim_native_message(std::int32_t status) {
         case TRIM_NATIVE_NO_MEMORY: return "there is no memory for the scratch space";
         case TRIM_NATIVE_UNKNOWN_ISA: return "this build has no such instruction set";
         case TRIM_NATIVE_LACKS_ISA: return "this processor lacks the instruction set";
-        case TRIM_NATIVE_BAD_LIMIT: return "the limit of inputs is not between 2 and 2^22, or not of 8-bit values";
+        case TRIM_NATIVE_BAD_LIMIT: return "the limit of inputs is not between 2 and 32767, or other values than 8-bit ones have one";
         default: return "an unknown status";
     }
 }

@@ -22,8 +22,11 @@ namespace trim {
 constexpr std::int64_t kGroupRows = 4;
 constexpr std::int64_t kWordColumns = 64;
 constexpr std::int64_t kBlockRows = 8;
-constexpr std::int64_t kWindowColumns = 8;
+constexpr std::int64_t kWindowColumns = 8;   // of slots
 constexpr std::int64_t kMostSteps = kWindowColumns;  // of a window: then no weight is left over
+constexpr std::int64_t kQuadColumns = 16;    // of slots of 8-bit values, whose steps come in fours
+constexpr std::int64_t kQuadSteps = 4;
+constexpr std::int64_t kPlaneBytes = 2 * kQuadColumns;  // a window of 16-bit inputs, see `arrange_integers`
 constexpr std::int64_t kGroupWordValues = kGroupRows * kWordColumns;  // the most that four mask words can keep
 
 // How values are stored; float and int8 stand for themselves.
@@ -58,17 +61,21 @@ struct DenseMatrix {
 // Some of the groups, blocks or rows of a matrix, first..last-1: what one thread does.
 struct Span { std::int64_t first, last; };
 
-// Floats that the inputs of lists must have room for: a 16-bit column, right or wrong, is then always inside.
+// Inputs of lists that there must be room for: a 16-bit column, right or wrong, is then always inside.
 constexpr std::int64_t kListInputs = 65536;
 
 // One token: y = W x, and for a dense W several without gaps. Inputs are first arranged as the kernels want them, with
-// zeros behind the last column: `for_bitmap` into words * 64 floats; slots, lists and dense matrices take them as they
-// are, but for zeros that fill up the last window. Each row's sum is written to outputs[order[.]]. `bitmap` is false
-// when mask and values disagree.
+// zeros behind the last column: `for_bitmap` into words * 64 floats, `for_blocks` into as many as `block_floats` says;
+// dense matrices take them as they are. Of 8-bit values, `for_blocks` wants integers of 16 bits.
+//
+// `bitmap` and `blocks` write the sums of rows, yet without their scales, to their places in the layout, and to those that
+// fill up the last group or block too: threads that wrote rows in the order of W would write to the same cache lines.
+// `bitmap` is false when mask and values disagree.
 struct Decode {
     void (*for_bitmap)(const float* inputs, const Matrix& matrix, float* arranged);
-    bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* outputs);
-    void (*blocks)(const Matrix& matrix, Span blocks, const float* inputs, float* outputs);
+    bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* totals);
+    void (*for_blocks)(const float* inputs, const Matrix& matrix, void* arranged);
+    void (*blocks)(const Matrix& matrix, Span blocks, const void* arranged, float* totals);
     void (*dense)(const DenseMatrix& matrix, Span rows, const float* inputs, float* outputs);
     void (*dense_tokens)(const DenseMatrix& matrix, Span rows, const float* inputs, std::int64_t tokens, float* outputs);
 };
@@ -93,6 +100,7 @@ struct Batch {
 struct Kernels {
     const char* name;
     std::int64_t few_tokens;  // up to which it is faster to multiply them one by one
+    float (*round_token)(const float* inputs, std::int64_t columns, const float* scales, std::int32_t limit, float* rounded);
     double step_cost[4];  // of a step of slots, in listed weights: what decides which of the two a layout takes
     Decode decode[4];
     Batch batch[4];
@@ -128,10 +136,18 @@ TRIM_INLINE void prefetch(const void* stream, std::uintptr_t bytes_ahead) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(stream) + bytes_ahead));
 }
 
+// Room for the inputs of blocks: of lists, and of windows.
+TRIM_INLINE std::int64_t block_floats(const Matrix& matrix) {
+    static_assert(kPlaneBytes == kWindowColumns * sizeof(float), "a window takes as much room with any type of values");
+    return kListInputs + matrix.windows * kWindowColumns;
+}
+
 // Steps of slots that each window of a block has.
 TRIM_INLINE std::int64_t window_steps(const Matrix& matrix, std::int64_t block) {
     if (matrix.slot_start == nullptr) return 0;
-    return (matrix.slot_start[block + 1] - matrix.slot_start[block]) / matrix.windows;
+    std::int64_t left = matrix.slot_start[block + 1] - matrix.slot_start[block], steps = 0;
+    for (; left > 0; left -= matrix.windows) ++steps;  // a few; a division takes longer
+    return steps;
 }
 
 // ---- values one by one --------------------------------------------------------------------------------------------
@@ -178,6 +194,32 @@ void append_step(std::uint32_t columns, const Value* values, std::uint8_t first,
         rows.columns[at] = static_cast<std::uint8_t>(first + (columns & 7));
         rows.values[at] = widen_one(values[i]);
         rows.counts[i] += (columns & 8) == 0;  // others stand for no weight
+    }
+}
+
+// ---- quads: four slots of 8-bit values for each of eight rows --------------------------------------------------------
+
+// The column, within its window, of a slot.
+TRIM_INLINE std::uint32_t quad_column(const std::uint32_t* columns, std::int64_t row, std::int64_t slot) {
+    return columns[row / 4 * 2 + row % 2] >> (8 * slot + 4 * (row / 2 % 2)) & 15;
+}
+
+// Slots that count among four: up to the last that is not zero.
+TRIM_INLINE std::int64_t slots_in_use(const std::int8_t* values) {
+    std::int64_t used = kQuadSteps;
+    while (used > 0 && values[used - 1] == 0) --used;
+    return used;
+}
+
+// As `append_step`; writes up to four entries too many.
+inline void append_quad(const std::uint32_t* columns, const std::int8_t* values, std::uint8_t first, RowEntries& rows) {
+    for (std::int64_t i = 0; i < kBlockRows; ++i, values += kQuadSteps) {
+        const std::int64_t at = i * rows.stride + rows.counts[i];
+        for (std::int64_t slot = 0; slot < kQuadSteps; ++slot) {
+            rows.columns[at + slot] = static_cast<std::uint8_t>(first + quad_column(columns, i, slot));
+            rows.values[at + slot] = values[slot];
+        }
+        rows.counts[i] += slots_in_use(values);
     }
 }
 

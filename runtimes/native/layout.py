@@ -65,7 +65,21 @@ def lay_out(matrix: SparseMatrix, scales: Tensor | None, preference: Preference)
         pad(values, (0, TAIL)),
         *_blocks(matrix, order[top:].contiguous(), pad(counts.cumsum(0), (1, 0)), preference.step_cost),
         scales,
+        input_limit=_input_limit(matrix) if matrix.values.dtype is torch.int8 else 0,
     )
+
+
+def _input_limit(matrix: SparseMatrix) -> int:
+    """The finest integers for inputs with which no sum is inexact.
+
+    A row that keeps 800 weights of the usual spread allows some 700 steps to either side. Where the fullest row would
+    allow fewer than 255 (it keeps two thousand and more), sums are exact in integers of 32 bits only: inputs have some
+    10,000 steps, and products of several tokens, in float32, the same bits for any number of threads only.
+    """
+    row = torch.repeat_interleave(matrix.row_counts)
+    sums = torch.zeros(matrix.shape[0], dtype=torch.int64).scatter_add_(0, row, matrix.values.long().abs())
+    limit: int = required().trim_native_input_limit(int(sums.max()))
+    return limit
 
 
 class _Rows(ctypes.Structure):

@@ -19,7 +19,8 @@ __all__ = ["GROUP", "NativeMatrix"]
 GROUP = 4
 """Rows of a bitmap that stand together."""
 
-_WINDOW = 8  # columns of a window
+_WINDOW, _QUAD_WINDOW = 8, 16  # columns of a window; with int8 values
+_QUAD = 4  # steps of a quad
 
 
 class _Struct(ctypes.Structure):
@@ -70,14 +71,14 @@ class NativeMatrix:
         group_start: int64 ``[groups + 1]``, where each group begins in the values.
         values: ``[group_start[-1]]`` and `TAIL` more; float32, bfloat16, float16 or int8.
         slot_start: int64 ``[blocks + 1]``, the steps of slots before each block of eight of the other rows.
-        slot_columns: int32 ``[slot_start[-1]]``, the columns of eight rows within a window of eight, four bits each.
-        slot_values: ``[slot_start[-1] * 8]`` in the dtype of ``values``.
+        slot_columns: int32 ``[slot_start[-1]]``, the columns of eight rows within a window, four bits each.
+        slot_values: ``[slot_start[-1] * 8]`` in the dtype of ``values``; int8 are in quads.
         list_start: int64 ``[blocks + 1]``, where the list of each block begins.
         list_columns: int16 (read as unsigned) ``[list_start[-1]]``.
         list_values: ``[list_start[-1]]`` in the dtype of ``values``.
         scales: float32 ``[rows]`` by which the rows of int8 values are multiplied, else None.
         input_scales: float32 ``[columns]``, powers of two by which inputs are multiplied, or None.
-        input_limit: of int8 values, the integers up to which inputs are then rounded; 0 if they are not.
+        input_limit: of int8 values, the integers up to which inputs are rounded, else 0.
 
     Raises:
         UsageError: they do not fit together.
@@ -217,12 +218,30 @@ class NativeMatrix:
 
     def _slots(self, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """Place, column and value of each weight that stands in a slot; the first ``top`` places are a bitmap."""
-        windows = -(-self.columns // _WINDOW)
-        columns = self.slot_columns[:, None] >> torch.arange(0, 4 * BLOCK, 4) & 15
-        step, row = (columns < _WINDOW).nonzero(as_tuple=True)
-        block = torch.searchsorted(self.slot_start, step, right=True) - 1
-        window = (step - self.slot_start[block]) // (self.slot_start.diff()[block] // windows)
-        return top + block * BLOCK + row, window * _WINDOW + columns[step, row], self.slot_values[step * BLOCK + row]
+        in_quads = self.values.dtype is torch.int8
+        width = _QUAD_WINDOW if in_quads else _WINDOW
+        block = torch.repeat_interleave(self.slot_start.diff())
+        steps = self.slot_start.diff()[block] // -(-self.columns // width)
+        window = (torch.arange(len(block)) - self.slot_start[block]) // steps
+        if in_quads:
+            columns, values = self._quads()
+            before = columns.roll(1, dims=0)
+            first = (torch.arange(len(block)) - self.slot_start[block]) % steps == 0
+            none = (columns == width - 1) & (columns.roll(-1, dims=0) == 0)
+            kept = torch.where(first[:, None], ~none, columns > before)
+        else:
+            columns = self.slot_columns[:, None] >> torch.arange(0, 4 * BLOCK, 4) & 15
+            values, kept = self.slot_values.reshape(-1, BLOCK), columns < width
+        step, row = kept.nonzero(as_tuple=True)
+        return top + block[step] * BLOCK + row, window[step] * width + columns[step, row], values[step, row]
+
+    def _quads(self) -> tuple[Tensor, Tensor]:
+        """Columns and values of quads as if they were steps: ``[steps, rows of a block]``."""
+        row, slot = torch.arange(BLOCK), torch.arange(_QUAD)[:, None]
+        word, shift = row // 4 * 2 + row % 2, 8 * slot + 4 * (row // 2 % 2)
+        columns = self.slot_columns.reshape(-1, 1, _QUAD)[:, :, word] >> shift & 15
+        values = self.slot_values.reshape(-1, BLOCK, _QUAD).transpose(1, 2)
+        return columns.reshape(-1, BLOCK), values.reshape(-1, BLOCK)
 
     @functools.cached_property
     def _struct(self) -> ctypes.Array[_Struct]:

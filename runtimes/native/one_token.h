@@ -16,8 +16,7 @@ TRIM_INLINE float scale_of(const float* scales, std::int64_t row) { return scale
 
 // The values of a word are expanded to where their columns are, zeros between them, and multiplied with all 64 inputs.
 template <typename Isa, typename Value>
-bool decode_bitmap(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs,
-                   float* TRIM_RESTRICT outputs) {
+bool decode_bitmap(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT inputs, float* TRIM_RESTRICT totals) {
     const std::uint64_t* mask = matrix.mask + groups.first * matrix.words * kGroupRows;
     for (std::int64_t group = groups.first; group < groups.last; ++group) {
         const Value* values = static_cast<const Value*>(matrix.values) + matrix.group_start[group];
@@ -33,10 +32,7 @@ bool decode_bitmap(const Matrix& matrix, Span groups, const float* TRIM_RESTRICT
             for (std::int64_t i = 0; i < kGroupRows; ++i) Isa::add_products(mask[i], values, x, sums[i]);
         }
         if (values != end) return false;
-        for (std::int64_t i = 0; i < kGroupRows && group * kGroupRows + i < matrix.rows; ++i) {
-            const std::int32_t row = matrix.order[group * kGroupRows + i];
-            outputs[row] = Isa::total(sums[i]) * scale_of(matrix.scales, row);
-        }
+        for (std::int64_t i = 0; i < kGroupRows; ++i) totals[group * kGroupRows + i] = Isa::total(sums[i]);
     }
     return true;
 }
@@ -84,14 +80,21 @@ void add_slots(const Matrix& matrix, std::int64_t block, const float* inputs,
                     matrix.windows, sums);
 }
 
+// Inputs in their own order, and zeros that fill up the last window.
+inline void arrange_for_blocks(const float* inputs, const Matrix& matrix, void* arranged) {
+    float* const plain = static_cast<float*>(arranged);
+    std::memcpy(plain, inputs, static_cast<std::size_t>(matrix.columns) * sizeof(float));
+    for (std::int64_t j = matrix.columns; j < matrix.windows * kWindowColumns; ++j) plain[j] = 0.0f;
+}
+
 // Eight rows side by side. In slots, all rows have as many places for weights in each window of columns, so that an
 // instruction set can look up inputs in a register; what did not fit is listed, and each input looked up in memory.
 template <typename Isa, typename Value>
-void decode_blocks(const Matrix& matrix, Span blocks, const float* TRIM_RESTRICT inputs,
-                   float* TRIM_RESTRICT outputs) {
+void decode_blocks(const Matrix& matrix, Span blocks, const void* arranged, float* TRIM_RESTRICT totals) {
+    const float* TRIM_RESTRICT const inputs = static_cast<const float*>(arranged);
     const Value* const listed = static_cast<const Value*>(matrix.list_values);
     for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
-        typename Isa::BlockSums sums = {};
+        typename Isa::BlockSums sums;  // zeros, one by one: compilers fill a whole array with an instruction that starts slowly
         add_slots<Isa, Value>(matrix, block, inputs, sums);
         const std::int64_t end = matrix.list_start[block + 1];
         for (std::int64_t entry = matrix.list_start[block]; entry < end; entry += 2 * kBlockRows) {
@@ -99,15 +102,79 @@ void decode_blocks(const Matrix& matrix, Span blocks, const float* TRIM_RESTRICT
             prefetch(listed + entry, 2048);
             Isa::add_two_steps(matrix.list_columns + entry, listed + entry, inputs, sums);
         }
-        float rows[kBlockRows];
-        Isa::store_rows(sums, rows);
-        const std::int64_t place = matrix.groups * kGroupRows + block * kBlockRows;
-        for (std::int64_t i = 0; i < kBlockRows && place + i < matrix.rows; ++i) {
-            const std::int32_t row = matrix.order[place + i];
-            outputs[row] = rows[i] * scale_of(matrix.scales, row);
+        Isa::store_rows(sums, totals + matrix.groups * kGroupRows + block * kBlockRows);
+    }
+}
+
+// Inputs that are integers of 16 bits, twice: as they are, for lists, and window after window, first the lower bytes of
+// its 16 inputs and then the upper ones, since instruction sets look up bytes.
+inline void arrange_integers(const float* inputs, const Matrix& matrix, void* arranged) {
+    std::int32_t* const listed = static_cast<std::int32_t*>(arranged);
+    const std::int64_t listable = matrix.columns < kListInputs ? matrix.columns : kListInputs;
+    for (std::int64_t j = 0; j < listable; ++j) listed[j] = static_cast<std::int32_t>(inputs[j]);
+    std::uint8_t* planes = reinterpret_cast<std::uint8_t*>(listed + kListInputs);
+    for (std::int64_t first = 0; first < matrix.columns; first += kQuadColumns, planes += kPlaneBytes) {
+        const std::int64_t left = matrix.columns - first;
+        std::int32_t window[kQuadColumns] = {};
+        for (std::int64_t j = 0; j < (left < kQuadColumns ? left : kQuadColumns); ++j) {
+            window[j] = static_cast<std::int32_t>(inputs[first + j]);
+        }
+        for (std::int64_t j = 0; j < kQuadColumns; ++j) {
+            planes[j] = static_cast<std::uint8_t>(window[j]);
+            planes[kQuadColumns + j] = static_cast<std::uint8_t>(window[j] >> 8);
         }
     }
 }
+
+// As `decode_blocks` for 8-bit values, in integers of 32 bits: what a hostile matrix makes too large wraps around.
+template <typename Isa>
+void decode_quads(const Matrix& matrix, Span blocks, const void* arranged, float* TRIM_RESTRICT totals) {
+    const std::int32_t* const inputs = static_cast<const std::int32_t*>(arranged);
+    const std::uint8_t* const planes = reinterpret_cast<const std::uint8_t*>(inputs + kListInputs);
+    const std::int8_t* const slots = static_cast<const std::int8_t*>(matrix.slot_values);
+    const std::int8_t* const listed = static_cast<const std::int8_t*>(matrix.list_values);
+    for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
+        std::int32_t sums[kBlockRows] = {};
+        if (const std::int64_t steps = window_steps(matrix, block)) {
+            const std::int64_t start = matrix.slot_start[block];
+            Isa::add_quads(matrix.slot_columns + start, slots + start * kBlockRows, planes, matrix.windows,
+                           steps / kQuadSteps, sums);
+        }
+        const std::int64_t first = matrix.list_start[block];
+        Isa::add_list(matrix.list_columns + first, listed + first, inputs, matrix.list_start[block + 1] - first, sums);
+        float* const rows = totals + matrix.groups * kGroupRows + block * kBlockRows;
+        for (std::int64_t i = 0; i < kBlockRows; ++i) rows[i] = static_cast<float>(sums[i]);
+    }
+}
+
+// For instruction sets that prefer other forms.
+struct PlainQuads {
+    static void add_quads(const std::uint32_t* columns, const std::int8_t* values, const std::uint8_t* planes,
+                          std::int64_t windows, std::int64_t quads, std::int32_t* sums) {
+        for (std::int64_t window = 0; window < windows; ++window, planes += kPlaneBytes) {
+            for (std::int64_t quad = 0; quad < quads; ++quad, columns += kQuadSteps) {
+                for (std::int64_t at = 0; at < kBlockRows * kQuadSteps; ++at, ++values) {
+                    const std::uint32_t column = quad_column(columns, at / kQuadSteps, at % kQuadSteps);
+                    const int input = planes[column] | planes[kQuadColumns + column] << 8;
+                    add(*values * static_cast<std::int16_t>(input), sums[at / kQuadSteps]);
+                }
+            }
+        }
+    }
+
+    static void add_list(const std::uint16_t* columns, const std::int8_t* values, const std::int32_t* inputs,
+                         std::int64_t entries, std::int32_t* sums) {
+        for (std::int64_t entry = 0; entry < entries; ++entry) {
+            add(values[entry] * inputs[columns[entry]], sums[entry % kBlockRows]);
+        }
+    }
+
+  private:
+    // Wraps around.
+    static void add(std::int32_t product, std::int32_t& sum) {
+        sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) + static_cast<std::uint32_t>(product));
+    }
+};
 
 // A dense matrix, row after row: one stream that prefetchers follow.
 template <typename Isa, typename Value>

@@ -5,7 +5,7 @@
 namespace trim {
 namespace {
 
-struct Portable {
+struct Portable : PlainQuads {
     static constexpr std::int64_t kLanes = 8;
     static constexpr std::int64_t kWidest = 4;     // vectors of a panel: two chains of each should fit the registers
     static constexpr std::int64_t kTileWords = 2;  // words whose inputs, for a panel, should fit the L1 cache
@@ -65,7 +65,7 @@ struct Portable {
 
     // Sums of eight rows so far, and how the n-th step of their slots and two steps of their lists are added. Four bits
     // of `columns` for each row, of which the lowest three say where in the window its input is.
-    struct BlockSums { Vector even, odd; };
+    struct BlockSums { Vector even = broadcast(0.0f), odd = broadcast(0.0f); };
 
     template <typename Value>
     static void add_slot(std::uint32_t columns, const Value* values, const float* window, BlockSums& sums,
@@ -91,6 +91,9 @@ struct Portable {
                                    RowEntries& rows) {
         for (std::int64_t k = 0; k < 8; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
     }
+
+    // A quad of slots; may write four entries too many.
+    static constexpr auto append_quad = trim::append_quad;
 
     static constexpr std::int64_t kFewTokens = 1;
 

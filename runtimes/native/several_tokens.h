@@ -150,17 +150,27 @@ class BlockTiles {
     static constexpr std::int64_t kStride = Tile<Isa>::kRowEntries;
 
     void append_slots(std::int64_t block, Span words, RowEntries& rows) const {
-        constexpr std::int64_t kWindows = kWordColumns / kWindowColumns;
+        constexpr bool kInQuads = sizeof(Value) == 1;
+        constexpr std::int64_t kWindows = kWordColumns / (kInQuads ? kQuadColumns : kWindowColumns);
         const std::int64_t steps = window_steps(matrix_, block), first = words.first * kWindows;
         const std::int64_t last = words.last * kWindows < matrix_.windows ? words.last * kWindows : matrix_.windows;
         if (!steps) return;
         const std::int64_t start = matrix_.slot_start[block] + first * steps, count = (last - first) * steps;
         const std::uint32_t* const columns = matrix_.slot_columns + start;
         const Value* const values = static_cast<const Value*>(matrix_.slot_values) + start * kBlockRows;
-        const std::uint8_t* const firsts = kFirstColumns.of[steps - 1];
-        std::int64_t k = 0;
-        for (; k + 8 <= count; k += 8) Isa::append_eight_steps(columns + k, values + k * kBlockRows, firsts + k, rows);
-        for (; k < count; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
+        if constexpr (kInQuads) {
+            for (std::int64_t k = 0; k < count; k += kQuadSteps) {
+                const auto of_window = static_cast<std::uint8_t>(k / steps * kQuadColumns);
+                Isa::append_quad(columns + k, values + k * kBlockRows, of_window, rows);
+            }
+        } else {
+            const std::uint8_t* const firsts = kFirstColumns.of[steps - 1];
+            std::int64_t k = 0;
+            for (; k + 8 <= count; k += 8) {
+                Isa::append_eight_steps(columns + k, values + k * kBlockRows, firsts + k, rows);
+            }
+            for (; k < count; ++k) append_step(columns[k], values + k * kBlockRows, firsts[k], rows);
+        }
     }
 
     bool append_list(std::int64_t row, Span words, Tile<Isa>& tile, std::int64_t& count) {

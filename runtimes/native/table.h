@@ -1,6 +1,7 @@
 // The table of one instruction set's kernels.
 #pragma once
 
+#include "integers.h"
 #include "one_token.h"
 #include "several_tokens.h"
 
@@ -9,8 +10,14 @@ namespace {
 
 template <typename Isa, typename Value>
 constexpr Decode decode_kernel() {
-    return {Isa::arrangement(static_cast<const Value*>(nullptr)), decode_bitmap<Isa, Value>, decode_blocks<Isa, Value>,
-            decode_dense<Isa, Value>, decode_dense_tokens<Isa, Value>};
+    Decode kernel = {Isa::arrangement(static_cast<const Value*>(nullptr)), decode_bitmap<Isa, Value>, nullptr, nullptr,
+                     decode_dense<Isa, Value>, decode_dense_tokens<Isa, Value>};
+    if constexpr (sizeof(Value) == 1) {
+        kernel.for_blocks = arrange_integers, kernel.blocks = decode_quads<Isa>;
+    } else {
+        kernel.for_blocks = arrange_for_blocks, kernel.blocks = decode_blocks<Isa, Value>;
+    }
+    return kernel;
 }
 
 template <typename Isa, typename Value>
@@ -24,6 +31,7 @@ template <typename Isa>
 constexpr Kernels kernels(const char* name) {
     return {name,
             Isa::kFewTokens,
+            round_token,
             {Isa::step_cost(sizeof(float)), Isa::step_cost(2), Isa::step_cost(2), Isa::step_cost(1)},
             {decode_kernel<Isa, float>(), decode_kernel<Isa, BFloat16>(), decode_kernel<Isa, Float16>(),
              decode_kernel<Isa, std::int8_t>()},

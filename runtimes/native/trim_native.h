@@ -21,8 +21,17 @@
 //     columns | row 0, row 1, ..., row 7    | row 0, row 1, ... | ...   32 bits
 //     values  | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       8 values
 //
-// A row fills its slots in the order of its columns; those that are left have the column 8 and a value of zero. What does
-// not fit is listed:
+// A row fills its slots in the order of its columns; those that are left have the column 8 and a value of zero.
+//
+// With 8-bit values, windows are 16 columns wide and have four steps at a time, none to 16, each four of them a quad,
+// whose columns are 16 bytes (four words, lowest byte first) and whose values are 32, four for each row:
+//
+//              byte 0                  byte 4          byte 8          byte 12
+//     columns | rows 0, 2: slot 0 | .. | rows 1, 3 | .. | rows 4, 6 | .. | rows 5, 7 | ..    lower and upper four bits
+//     values  | row 0: slot 0 | slot 1 | slot 2 | slot 3 | row 1: slot 0 | ...
+//
+// Slots that are left have a value of zero and the last column of the row in the window; where it has none there, 15 in the
+// first slot and 0 in the others. What does not fit is listed:
 //
 //              step 0                        step 1
 //     columns | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       rising in each row; 16 bits
@@ -57,7 +66,7 @@ enum {
     TRIM_NATIVE_NO_MEMORY,     // the scratch space cannot be had
     TRIM_NATIVE_UNKNOWN_ISA,   // no such instruction set in this build
     TRIM_NATIVE_LACKS_ISA,     // this processor does not have it
-    TRIM_NATIVE_BAD_LIMIT,     // of inputs, below 0, 1 or above 2^22, or not of 8-bit integers
+    TRIM_NATIVE_BAD_LIMIT,     // of inputs, not between 2 and 32767; or one, or scales of inputs, with other values
 };
 
 // One sparse matrix; sizes count elements. All of it belongs to the caller.
@@ -87,8 +96,8 @@ typedef struct TrimNativeMatrix {
     const float* scales;        // [rows] in the order of the rows of W; null, but for 8-bit integers: 1 for each row
     int64_t scales_size;
     int32_t value_type;
-    int32_t input_limit;        // of 8-bit integers: what inputs are rounded to at most; 0: they are not, see below
-    const float* input_scales;  // [columns]: powers of two by which inputs are multiplied; null: 1 for each column
+    int32_t input_limit;        // of 8-bit integers: what inputs are rounded to at most, see below; else 0
+    const float* input_scales;  // of 8-bit integers, [columns]: powers of two by which inputs are multiplied; or null
     int64_t input_scales_size;
 } TrimNativeMatrix;
 
@@ -118,10 +127,10 @@ typedef struct TrimNativePool {
 // The result has the same bits for any number of threads. It does not depend on how many tokens there are either, but
 // that a few are multiplied one by one, and more of them together. On an error status outputs hold nothing of use.
 //
-// With an input limit each token's inputs are first made integers up to the limit: multiplied by the largest power of
-// two that allows it, by which the outputs are divided again, and rounded half to even. If then no row's sum of |value|
-// times the limit is 2^24 or more, the result has the same bits for any number of tokens and any instruction set too:
-// the exact sum, rounded once, when it is multiplied by the scale of its row. A token with NaN or infinity gives NaN.
+// With 8-bit values each token's inputs are first made integers up to the limit: multiplied by the largest power of two
+// that allows it, by which the outputs are divided again, and rounded half to even. If then no row's sum of |value| times
+// the limit is 2^24 or more, the result has the same bits for any number of tokens and any instruction set too: the exact
+// sum, rounded once, when it is multiplied by the scale of its row. A token with NaN or infinity gives NaN.
 TRIM_NATIVE_API int32_t trim_native_linear(const TrimNativeMatrix* matrix, const float* inputs, int64_t tokens,
                                            int64_t input_stride, float* outputs, int64_t output_stride,
                                            int32_t threads);
@@ -164,6 +173,10 @@ TRIM_NATIVE_API int32_t trim_native_plan(const TrimNativeRows* rows, double step
 TRIM_NATIVE_API int32_t trim_native_lay_out(const TrimNativeRows* rows, const int64_t* slot_start,
                                             const int64_t* list_start, int64_t starts_size, uint32_t* slot_columns,
                                             void* slot_values, uint16_t* list_columns, void* list_values);
+
+// The limit with which inputs are rounded least, where no row's sum of |value| is above `most`; by it times the limit stays
+// below 2^24 or, where that would be coarser than 8 bits, below 2^31, as it must.
+TRIM_NATIVE_API int32_t trim_native_input_limit(int64_t most);
 
 // What a step of slots with values of a type costs with the instruction set in use, in listed weights; infinite where
 // there is no such type.

@@ -121,6 +121,14 @@ class Sparse : public Constants {
     }
 
   protected:
+    // Also the limit of inputs that whatever 8-bit integers allow.
+    void read_kept(const KernelInfo* info, std::size_t index, const void*& values, std::int64_t& size) {
+        read_values(info, index, matrix_, values, size);
+        if (matrix_.value_type == TRIM_NATIVE_I8) {
+            matrix_.input_limit = trim_native_input_limit(128 * (columns_ < size ? columns_ : size));
+        }
+    }
+
     TrimNativeMatrix matrix_{};
 
   private:
@@ -134,7 +142,7 @@ class Bitmap : public Sparse {
 
     Bitmap(const Api& api, const KernelInfo* info) : Sparse(api, info) {
         const Tensor mask = read_constant(api, info, 2, "mask", kUInt8);
-        read_values(info, 3, matrix_, matrix_.values, matrix_.values_size);
+        read_kept(info, 3, matrix_.values, matrix_.values_size);
         const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
         if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||
             reinterpret_cast<std::uintptr_t>(mask.data) % alignof(std::uint64_t)) {
@@ -168,7 +176,7 @@ class Sell8 : public Sparse {
     Sell8(const Api& api, const KernelInfo* info) : Sparse(api, info) {
         const Tensor start = read_constant(api, info, 2, "start", kInt64);
         const Tensor columns = read_constant(api, info, 3, "columns", kUInt16);
-        read_values(info, 4, matrix_, matrix_.list_values, matrix_.list_values_size);
+        read_kept(info, 4, matrix_.list_values, matrix_.list_values_size);
         matrix_.list_start = static_cast<const std::int64_t*>(start.data);
         matrix_.list_start_size = start.size();
         matrix_.list_columns = static_cast<const std::uint16_t*>(columns.data);

@@ -1,7 +1,9 @@
 // A matrix of a model's file, laid out anew in the form that this processor multiplies fastest.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -35,10 +37,14 @@ class Rows {
         for (std::int64_t place = 0; good_ && place < matrix.rows; ++place) {
             const std::int64_t listed = place - matrix.bitmap_rows;
             good_ = listed < 0 ? add_bitmap_row(place) : add_list_row(place, listed);
+            if (matrix.value_type == TRIM_NATIVE_I8) most_ = std::max(most_, sum_since(starts_.back()));
             starts_.push_back(static_cast<std::int64_t>(values_.size() / width_));
             order_.push_back(static_cast<std::int32_t>(place));
         }
     }
+
+    // The largest sum of |value| of a row of 8-bit integers.
+    std::int64_t most() const { return most_; }
 
     // Whether every column exists, those of a list rise, and no bit stands where there is no weight.
     bool good() const { return good_; }
@@ -92,9 +98,18 @@ class Rows {
         values_.insert(values_.end(), from, from + width_);
     }
 
+    std::int64_t sum_since(std::int64_t first) const {
+        std::int64_t sum = 0;
+        for (auto at = static_cast<std::size_t>(first); at < values_.size(); ++at) {
+            sum += std::abs(static_cast<std::int8_t>(values_[at]));
+        }
+        return sum;
+    }
+
     const TrimNativeMatrix& matrix_;
     std::size_t width_;
     bool good_ = true;
+    std::int64_t most_ = 0;
     std::vector<std::uint8_t> mask_;
     std::vector<std::int64_t> starts_;
     std::vector<unsigned char> values_;
@@ -126,6 +141,7 @@ class Slots {
             return status;
         }
         leave_out_bitmap(matrix);
+        if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(rows.most());
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
         matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = Rows::size(slot_columns_);
         matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);

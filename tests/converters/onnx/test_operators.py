@@ -37,7 +37,10 @@ def check(operator: Operator, shape: tuple[int, int], values: str, tokens: int, 
         given = product(Path(name), inputs, kernels).double()
     exact = inputs.double() @ weight.T
     assert given.shape == exact.shape
-    assert ((given - exact).abs() <= 1e-5 * (inputs.double().abs() @ weight.abs().T) + 1e-30).all()
+    bound = 1e-5 * (inputs.double().abs() @ weight.abs().T) + 1e-30
+    if kernels and values == "int8":  # inputs are rounded to a thousand integers at least, by half a step at most
+        bound += inputs.double().abs().amax(dim=1, keepdim=True) / 1000 * weight.abs().sum(dim=1)
+    assert ((given - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("encoding", OPERATORS)

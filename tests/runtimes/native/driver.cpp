@@ -95,6 +95,7 @@ struct Problem {
     Array<std::uint8_t> list_values{{}};
     Array<float> scales{{}};
     TrimNativeMatrix matrix{};
+    std::int64_t most = 1;  // of 8-bit integers: the largest sum of |value| of a row
 
     // The rows behind the first `bitmap_rows` are blocks, each with another number of slots.
     Problem(std::int64_t n, std::int64_t k, std::int32_t value_type, double density, std::int64_t bitmap_rows)
@@ -108,6 +109,7 @@ struct Problem {
         std::vector<std::int64_t> begins{0};
         std::vector<std::uint8_t> stream;
         for (std::int64_t i = 0; i < rows; ++i) row_scales.push_back(static_cast<float>(uniform()));
+        std::vector<std::int64_t> sizes(static_cast<std::size_t>(rows));
         const auto write = [&](const Value& value, std::uint8_t* to) {
             for (std::size_t b = 0; b < bytes; ++b) to[b] = static_cast<std::uint8_t>(value.bits >> (8 * b));
         };
@@ -117,6 +119,7 @@ struct Problem {
             const std::int64_t row = some_order[static_cast<std::size_t>(place)];
             const double scale = type == TRIM_NATIVE_I8 ? row_scales[static_cast<std::size_t>(row)] : 1.0;
             dense[static_cast<std::size_t>(row * columns + j)] = value.meaning * scale;
+            if (type == TRIM_NATIVE_I8) sizes[static_cast<std::size_t>(row)] += std::llabs(std::llround(value.meaning));
             return value;
         };
         const auto keep = [&](std::int64_t place, std::int64_t j, std::vector<std::uint8_t>& to) {
@@ -144,26 +147,44 @@ struct Problem {
         std::vector<std::uint16_t> listed;
         std::vector<std::uint8_t> list_stream, slot_stream;
         std::vector<std::uint32_t> slotted;
-        const std::int64_t windows = (columns + 7) / 8;
+        const bool quads = type == TRIM_NATIVE_I8;
+        const std::int64_t width = quads ? 16 : 8, windows = (columns + width - 1) / width;
+        // Puts a column and a value, if there is one, into a slot of a row, counted from the first step of its window.
+        const auto put = [&](std::int64_t step, std::int64_t slot, std::int64_t i, std::int64_t column, const Value* value) {
+            std::int64_t word = step + slot, shift = 4 * i, at = 8 * word + i;
+            if (quads) {
+                const std::int64_t quad = step + slot / 4 * 4, in_quad = slot % 4;
+                constexpr std::int64_t kWord[] = {0, 1, 0, 1, 2, 3, 2, 3}, kShift[] = {0, 0, 4, 4, 0, 0, 4, 4};
+                word = quad + kWord[i], shift = 8 * in_quad + kShift[i], at = 8 * quad + 4 * i + in_quad;
+            }
+            slotted[static_cast<std::size_t>(word)] |= static_cast<std::uint32_t>(column) << shift;
+            if (value != nullptr) write(*value, slot_stream.data() + static_cast<std::size_t>(at) * bytes);
+        };
         for (std::int64_t block = 0; block < (rows - bitmap_rows + 7) / 8; ++block) {
             std::vector<std::uint16_t> of_row[8];
             std::size_t steps = 0;
-            const std::int64_t of_window = generator() % 9, first = slot_begins.back();
+            const std::int64_t of_window = quads ? generator() % 5 * 4 : generator() % 9, first = slot_begins.back();
             slot_begins.push_back(first + windows * of_window);
-            slotted.resize(static_cast<std::size_t>(slot_begins.back()), 0x88888888);
+            slotted.resize(static_cast<std::size_t>(slot_begins.back()));
             slot_stream.resize(slotted.size() * 8 * bytes);
             for (std::int64_t i = 0; i < 8; ++i) {
                 const std::int64_t place = bitmap_rows + 8 * block + i;
-                for (std::int64_t j = 0, slot = 0; place < rows && j < columns; ++j) {
-                    if (j % 8 == 0) slot = 0;
-                    if (!is_kept()) continue;
-                    if (slot == of_window) {
-                        of_row[i].push_back(static_cast<std::uint16_t>(j));
-                        continue;
+                for (std::int64_t window = 0; window < windows; ++window) {
+                    const std::int64_t step = first + window * of_window;
+                    std::int64_t slot = 0, last = -1;
+                    for (std::int64_t j = window * width; place < rows && j < columns && j < (window + 1) * width; ++j) {
+                        if (!is_kept()) continue;
+                        if (slot == of_window) {
+                            of_row[i].push_back(static_cast<std::uint16_t>(j));
+                            continue;
+                        }
+                        const Value value = weight(place, j);
+                        last = j % width;
+                        put(step, slot++, i, last, &value);
                     }
-                    const auto step = static_cast<std::size_t>(first + j / 8 * of_window + slot++);
-                    slotted[step] ^= static_cast<std::uint32_t>(8 ^ j % 8) << (4 * i);
-                    write(weight(place, j), slot_stream.data() + (8 * step + static_cast<std::size_t>(i)) * bytes);
+                    for (; slot < of_window; ++slot) {
+                        put(step, slot, i, !quads ? 8 : last >= 0 ? last : slot == 0 ? 15 : 0, nullptr);
+                    }
                 }
                 steps = std::max(steps, of_row[i].size());
             }
@@ -181,13 +202,15 @@ struct Problem {
         list_starts = Array(list_begins), list_columns = Array(listed), list_values = Array(list_stream);
         order = Array(some_order), mask = Array(words), starts = Array(begins), values = Array(stream);
         scales = Array(row_scales);
-        const bool scaled = type == TRIM_NATIVE_I8;
-        const auto width = static_cast<std::int64_t>(bytes);
+        const bool scaled = quads;
+        for (const std::int64_t sum : sizes) most = std::max(most, sum);
+        const std::int32_t limit = scaled ? trim_native_input_limit(most) : 0;
+        const auto each = static_cast<std::int64_t>(bytes);
         matrix = {rows, columns, bitmap_rows, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
-                  values.get(), values.size / width, slot_starts.get(), slot_starts.size, slot_columns.get(),
-                  slot_columns.size, slot_values.get(), slot_values.size / width, list_starts.get(), list_starts.size,
-                  list_columns.get(), list_columns.size, list_values.get(), list_values.size / width, scaled ? scales.get() : nullptr,
-                  scaled ? scales.size : 0, type, 0, nullptr, 0};
+                  values.get(), values.size / each, slot_starts.get(), slot_starts.size, slot_columns.get(),
+                  slot_columns.size, slot_values.get(), slot_values.size / each, list_starts.get(), list_starts.size,
+                  list_columns.get(), list_columns.size, list_values.get(), list_values.size / each, scaled ? scales.get() : nullptr,
+                  scaled ? scales.size : 0, type, limit, nullptr, 0};
     }
 };
 
@@ -209,12 +232,15 @@ void check_sums(const Problem& problem, std::int64_t tokens, std::int64_t gap) {
     bool right = true;
     for (std::int64_t t = 0; t < tokens; ++t) {
         for (std::int64_t i = 0; i < rows; ++i) {
-            double sum = 0, size = 0;
+            double sum = 0, size = 0, weights = 0;
             for (std::int64_t j = 0; j < columns; ++j) {
-                const double product = problem.dense[static_cast<std::size_t>(i * columns + j)] * x[t * x_stride + j];
-                sum += product, size += std::fabs(product);
+                const double weight = problem.dense[static_cast<std::size_t>(i * columns + j)];
+                const double product = weight * x[t * x_stride + j];
+                sum += product, size += std::fabs(product), weights += std::fabs(weight);
             }
-            right = right && std::fabs(y[t * y_stride + i] - sum) <= 1e-6 * size;
+            // Inputs, none above 1, are rounded to half a step at most.
+            const double rounding = problem.matrix.input_limit ? weights / problem.matrix.input_limit : 0;
+            right = right && std::fabs(y[t * y_stride + i] - sum) <= 1e-6 * size + rounding;
         }
         for (std::int64_t i = rows; t + 1 < tokens && i < y_stride; ++i) right = right && y[t * y_stride + i] == 7.0f;
     }
@@ -226,24 +252,21 @@ void check_integers(std::int64_t rows, std::int64_t columns, double density, std
     Problem problem(rows, columns, TRIM_NATIVE_I8, density, bitmap_rows);
     const auto row_of = [&](std::int64_t i) { return static_cast<std::size_t>(i * columns); };
     std::vector<std::int64_t> weights;
-    std::int64_t most = 1;
     for (std::int64_t i = 0; i < rows; ++i) {
-        std::int64_t sum = 0;
         for (std::int64_t j = 0; j < columns; ++j) {
             const double scale = problem.row_scales[static_cast<std::size_t>(i)];
             weights.push_back(std::llround(problem.dense[row_of(i) + static_cast<std::size_t>(j)] / scale));
-            sum += std::llabs(weights.back());
         }
-        most = std::max(most, sum);
     }
     std::vector<float> powers;
     for (std::int64_t j = 0; j < columns; ++j) {
         powers.push_back(std::ldexp(1.0f, static_cast<int>(generator() % 9) - 4));
     }
     const Array<float> input_scales(powers);
-    const auto limit = static_cast<std::int32_t>(std::min<std::int64_t>(((1 << 24) - 1) / most, 1 << 22));
     TrimNativeMatrix m = problem.matrix;
-    m.input_limit = limit, m.input_scales = input_scales.get(), m.input_scales_size = columns;
+    m.input_scales = input_scales.get(), m.input_scales_size = columns;
+    const std::int64_t limit = m.input_limit;
+    CHECK(limit == std::min<std::int64_t>(((1 << 24) - 1) / problem.most, 32767));
     constexpr std::int64_t tokens = 27;
     std::vector<float> x = random_floats(tokens * columns);
     for (std::int64_t j = 0; j < columns; ++j) {
@@ -289,7 +312,7 @@ void check_integers(std::int64_t rows, std::int64_t columns, double density, std
         change(bad);
         CHECK(trim_native_linear(&bad, inputs.get(), 2, columns, y.get(), rows, 1) == status);
     };
-    for (const std::int32_t wrong : {-1, 1, (1 << 22) + 1, std::numeric_limits<std::int32_t>::min()}) {
+    for (const std::int32_t wrong : {-1, 0, 1, 32768, std::numeric_limits<std::int32_t>::min()}) {
         refused(TRIM_NATIVE_BAD_LIMIT, [&](TrimNativeMatrix& bad) { bad.input_limit = wrong; });
     }
     refused(TRIM_NATIVE_BAD_SIZE, [](TrimNativeMatrix& bad) { bad.input_scales_size -= 1; });
@@ -418,22 +441,26 @@ void check_layout(std::int64_t rows, std::int64_t columns, std::int32_t type, do
     const std::int64_t no_groups = 0;
     const Array<std::uint8_t> tail = zeros(TRIM_NATIVE_TAIL, bytes);
     const Array<float> scales(std::vector<float>(static_cast<std::size_t>(rows), 1.0f));
+    constexpr std::int32_t limit = 800;
     const TrimNativeMatrix matrix{rows, columns, 0, order.get(), rows, nullptr, 0, &no_groups, 1, tail.get(),
                                   TRIM_NATIVE_TAIL, slot_start.get(), blocks + 1, slot_columns.get(), steps,
                                   slot_values.get(), steps * 8, list_start.get(), blocks + 1, list_columns.get(),
-                                  entries, list_values.get(), entries, scales.get(), rows, type, 0, nullptr, 0};
+                                  entries, list_values.get(), entries, scales.get(), rows, type,
+                                  type == TRIM_NATIVE_I8 ? limit : 0, nullptr, 0};
     for (std::int64_t tokens : {1, 14}) {
         const Array<float> x(random_floats(tokens * columns)), y(random_floats(tokens * rows));
         CHECK(trim_native_linear(&matrix, x.get(), tokens, columns, y.get(), rows, 2) == TRIM_NATIVE_OK);
         bool right = true;
         for (std::int64_t t = 0; t < tokens; ++t) {
             for (std::int64_t i = 0; i < rows; ++i) {
-                double sum = 0, magnitude = 0;
+                double sum = 0, magnitude = 0, weights = 0;
                 for (std::int64_t j = 0; j < columns; ++j) {
-                    const double product = dense[static_cast<std::size_t>(i * columns + j)] * x[t * columns + j];
-                    sum += product, magnitude += std::fabs(product);
+                    const double weight = dense[static_cast<std::size_t>(i * columns + j)];
+                    const double product = weight * x[t * columns + j];
+                    sum += product, magnitude += std::fabs(product), weights += std::fabs(weight);
                 }
-                right = right && std::fabs(y[t * rows + i] - sum) <= 1e-6 * magnitude;
+                const double rounding = type == TRIM_NATIVE_I8 ? weights / limit : 0;
+                right = right && std::fabs(y[t * rows + i] - sum) <= 1e-6 * magnitude + rounding;
             }
         }
         CHECK(right);

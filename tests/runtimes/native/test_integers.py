@@ -24,10 +24,13 @@ from trim_export.converters.int8 import balance_columns, quantize_rows
 from trim_export.errors import ArtifactError, UsageError
 from trim_export.runtimes import SparseLinear, load, tensor_bytes
 from trim_export.runtimes.native import FusedLinear, NativeLinear, NativeMatrix, Preference, sparse_linear
-from trim_export.runtimes.native.integers import LEAST_LIMIT, MOST_LIMIT, lay_out_int8
+from trim_export.runtimes.native.integers import lay_out_int8
 from trim_export.runtimes.native.library import isa, select_isa
 
 pytestmark = needs_library
+
+MOST_LIMIT = 2**15 - 1
+"""Inputs are integers of 16 bits."""
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def exact_products(matrix: SparseMatrix, inputs: Tensor) -> NDArray[np.float32]:
     """Summed in int64, one token after the other; the step of each token is a power of two."""
     weight, row_scales, column_scales = integers(matrix)
     most = max(int(np.abs(weight).sum(axis=1).max()), 1)
-    limit = min((2**24 - 1) // most, 2**22)
+    limit = min((2**24 - 1) // most, MOST_LIMIT)
     products = []
     for token in inputs.numpy().reshape(-1, inputs.shape[-1]):
         scaled = token.astype(np.float64) * column_scales
@@ -92,7 +95,7 @@ def test_products_are_sums_of_integers(
 def test_instruction_sets_threads_and_tokens_change_no_bit(form: Preference) -> None:
     matrix = random_matrix(1500, 2048, 0.2)
     made, inputs = lay_out_int8(matrix, form), torch.randn(64, 2048)
-    assert made.input_limit >= LEAST_LIMIT
+    assert made.input_limit >= 255
     expected = exact_products(matrix, inputs)
     for name in available():
         select_isa(name)
@@ -123,23 +126,31 @@ def test_inputs_that_no_step_fits(tokens: int) -> None:
         assert_same_bits(found[1:], exact_products(matrix, inputs[1:]))
 
 
-def test_inputs_round_to_half_a_step() -> None:
-    matrix, inputs = random_matrix(50, 300), torch.randn(20, 300)
-    made = lay_out_int8(matrix, ALL_FORMS)
+def assert_inputs_round_to_half_a_step(made: NativeMatrix, matrix: SparseMatrix, inputs: Tensor) -> None:
     weight, row_scales, column_scales = integers(matrix)
     scaled = inputs.double().numpy() * column_scales
     exact = scaled @ (weight * row_scales[:, None].astype(np.float64)).T
     step = 2 * np.abs(scaled).max(axis=1, keepdims=True) / made.input_limit
     bound = step / 2 * (np.abs(weight).sum(axis=1) * row_scales)
-    assert (np.abs(made.multiply(inputs, 1).double().numpy() - exact) <= bound * (1 + 1e-6)).all()
+    assert (np.abs(made.multiply(inputs, 2).double().numpy() - exact) <= bound * (1 + 1e-6)).all()
 
 
-def test_too_many_weights_in_a_row_leave_inputs_as_they_are() -> None:
+def test_inputs_round_to_half_a_step() -> None:
+    matrix = random_matrix(50, 300)
+    assert_inputs_round_to_half_a_step(lay_out_int8(matrix, ALL_FORMS), matrix, torch.randn(20, 300))
+
+
+@pytest.mark.usefixtures("_restore")
+@pytest.mark.parametrize("name", available())
+def test_many_weights_in_a_row_have_sums_of_32_bits(name: str) -> None:
+    select_isa(name)
     matrix = random_matrix(6, 4000, 5.0)
-    made, inputs = lay_out_int8(matrix, ALL_FORMS), torch.randn(3, 4000)
-    assert made.input_limit == 0
-    rounded = made.matrix().to_dense().double()
-    torch.testing.assert_close(made.multiply(inputs, 1).double(), inputs.double() @ rounded.T, rtol=1e-5, atol=1e-3)
+    most = np.abs(integers(matrix)[0]).sum(axis=1).max()
+    made = lay_out_int8(matrix, ALL_FORMS)
+    assert 2**24 / most < 255  # which would be too coarse
+    assert made.input_limit == (2**31 - 1) // most
+    for tokens in (1, 3, 20):
+        assert_inputs_round_to_half_a_step(made, matrix, torch.randn(tokens, 4000))
 
 
 def test_a_matrix_of_next_to_nothing_has_the_largest_limit() -> None:
