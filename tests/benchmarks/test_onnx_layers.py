@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx_graphs import needs_operators
 
 from benchmarks import onnx_layers
 from benchmarks.onnx_layers import layers, repeat, write_product
-from tests.onnx_graphs import needs_operators
 from trim_export.runtimes.onnxruntime import open_session
 
 
