@@ -11,26 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from benchmarks.onnx_layers import SIDE, SPARSITY, layers
 from trim_export.artifact import open_artifact
 from trim_export.bench import Workload, bench, contestants, onnx_contestants
 from trim_export.convert_onnx import convert_to_onnx
-from trim_export.converters.onnx import MODEL, SPARSE, VALUES, Form, build, sparsify
+from trim_export.converters.onnx import Form, build
 from trim_export.evaluate import divergence
 from trim_export.models import load_model, quiet_transformers
 from trim_export.report import bench_table, megabytes, table
 from trim_export.runtimes import load
-from trim_export.runtimes.onnxruntime import open_session
 from trim_export.verify import PROMPTS
 
 FORMS = {
@@ -43,9 +38,6 @@ FORMS = {
 }
 LAST = ("dense", "csr-bf16-int8head", "csr-int8-int8head")
 """Forms that are made once more with the logits of the last token only, and int4."""
-
-SIDE = 4096
-SPARSITY = 0.8
 
 
 def main() -> None:
@@ -65,13 +57,13 @@ def main() -> None:
     int4 = _make_int4(options.model, options.work / "int4")
     last = [_make(open_artifact(options.artifact), options.work / f"{name}-last", FORMS[name], True) for name in LAST]
     last.append(_make_int4(options.model, options.work / "int4-last", last_logits=True))
-    layers = _layers(options.work / "layers", options.threads, options.rounds)
+    products = layers(options.work / "layers", options.threads, options.rounds)
     fidelity = _fidelity(options.model, options.artifact, made | {"int4": int4})
     entries = [entry for name in FORMS for entry in onnx_contestants(made[name], ["onnxruntime"])]
     entries += onnx_contestants(made["csr-fp32"], ["onnxruntime-functions"]) + onnx_contestants(int4, ["onnxruntime"])
     entries += contestants(open_artifact(options.artifact), ["native"])[2:]
     workload = Workload(prompt=options.prompt, repeats=options.rounds, threads=options.threads)
-    result = bench(entries, workload) | {"layers": layers, "fidelity": fidelity}
+    result = bench(entries, workload) | {"layers": products, "fidelity": fidelity}
     console = Console(width=180)
     console.print(bench_table(result))
     served = bench([entry for folder in last for entry in onnx_contestants(folder, ["onnxruntime"])], workload)
@@ -82,8 +74,8 @@ def main() -> None:
             f"{SIDE} x {SIDE} at {SPARSITY:.0%}, {options.threads} threads, median (minimum) ms",
             ("form", "file", "1 token", "x dense", "32 tokens", "x dense"),
             [
-                (name, megabytes(row["bytes"]), *_layer_cells(layers, name, "1"), *_layer_cells(layers, name, "32"))
-                for name, row in layers.items()
+                (name, megabytes(row["bytes"]), *_layer_cells(products, name, "1"), *_layer_cells(products, name, "32"))
+                for name, row in products.items()
             ],
         )
     )
@@ -147,56 +139,8 @@ def _fidelity(model: str, artifact: Path, folders: dict[str, Path]) -> dict[str,
     return rows
 
 
-def _layers(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """One product alone. All forms together are more than a cache holds, so that each round finds its weights cold."""
-    generator = np.random.default_rng(0)
-    weight = generator.standard_normal((SIDE, SIDE), np.float32)
-    weight[generator.random((SIDE, SIDE)) < SPARSITY] = 0
-    folders = {"dense": folder / "dense"}
-    folders["dense"].mkdir(parents=True, exist_ok=True)
-    _write_product(folders["dense"], weight)
-    for encoding in SPARSE:
-        for values in VALUES:
-            name = f"{encoding} {values}"
-            folders[name] = folder / name
-            folders[name].mkdir(exist_ok=True)
-            sparsify(folders["dense"], folders[name], Form(encoding, values))
-    sessions = {name: open_session(place, threads=threads) for name, place in folders.items()}
-    times: dict[tuple[str, int], list[float]] = {}
-    for round_ in range(rounds * 3 + 1):
-        for tokens in (1, 32):
-            inputs = {"A": generator.standard_normal((tokens, SIDE), np.float32)}
-            for name, session in sessions.items():
-                time.sleep(0.01)  # until the threads of the session before no longer spin
-                begin = time.perf_counter()
-                session.run(inputs)
-                if round_:
-                    times.setdefault((name, tokens), []).append((time.perf_counter() - begin) * 1000)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, place in folders.items():
-        rows[name] = {"bytes": sum(file.stat().st_size for file in place.iterdir())}
-        for tokens in (1, 32):
-            samples = times[name, tokens]
-            rows[name][str(tokens)] = {"median_ms": statistics.median(samples), "min_ms": min(samples)}
-    return rows
-
-
-def _write_product(folder: Path, weight: np.ndarray[Any, Any]) -> None:
-    rows, columns = weight.shape
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["A", "W"], ["Y"])],
-        "product",
-        [helper.make_tensor_value_info("A", TensorProto.FLOAT, ["tokens", columns])],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["tokens", rows])],
-        [numpy_helper.from_array(np.ascontiguousarray(weight.T), "W")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    (folder / f"{MODEL}.data").unlink(missing_ok=True)
-    onnx.save_model(model, folder / MODEL, save_as_external_data=True, location=f"{MODEL}.data")
-
-
-def _layer_cells(layers: dict[str, dict[str, Any]], name: str, tokens: str) -> tuple[str, str]:
-    mine, dense = layers[name][tokens], layers["dense"][tokens]
+def _layer_cells(products: dict[str, dict[str, Any]], name: str, tokens: str) -> tuple[str, str]:
+    mine, dense = products[name][tokens], products["dense"][tokens]
     return f"{mine['median_ms']:.2f} ({mine['min_ms']:.2f})", f"{dense['median_ms'] / mine['median_ms']:.2f}"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from trim_export.artifact import Artifact
 from trim_export.cuda import driver_facts
-from trim_export.errors import EnvironmentLacks, choose
+from trim_export.errors import EnvironmentLacks, UsageError, choose
 from trim_export.forward import cpu_capabilities
 from trim_export.runtimes import pick_runtime
 from trim_export.runtimes.onnxruntime import EXECUTIONS, read_form
@@ -31,7 +31,7 @@ from trim_export.runtimes.onnxruntime import EXECUTIONS, read_form
 __all__ = ["Contestant", "Workload", "bench", "contestants", "machine", "onnx_contestants"]
 
 
-# So long threads of the process before may still spin, waiting for more work, on cores that the next one needs.
+# Idle threads of the process before spin on cores that the next one needs: ONNX Runtime's some 65 ms, OpenMP's 13.
 _PAUSE_S = 0.2
 
 
@@ -122,7 +122,16 @@ def bench(entries: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
         ``{"machine": {...}, "rows": [...]}``; ``ratio_to_dense`` above 1 is faster than the first dense contestant in
         the same run (the artifact's dense model in its dtype, if there is one), ``ratio_to_fastest_dense`` than the
         fastest dense one; both are None where none is dense.
+
+    Raises:
+        UsageError: idle threads are told to spin for ever, on cores that whoever is measured needs.
+        EnvironmentLacks: a contestant's process ended early.
     """
+    if len(entries) > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
+        raise UsageError(
+            "OMP_WAIT_POLICY=ACTIVE has idle threads of every contestant compute beside the one that is measured; "
+            "unset it, or set it to PASSIVE"
+        )
     times: dict[tuple[Contestant, str, int], list[float]] = {}
     with ExitStack() as stack:
         workers = {entry: stack.enter_context(_Worker(entry, workload)) for entry in entries}
@@ -183,8 +192,8 @@ class _Worker:
             "device": workload.device,
             "threads": workload.threads,
         }
-        # Whether waiting threads spin or sleep is left as it is, for it is part of what is measured: only one of the
-        # processes works at a time, and threads of the others have gone to sleep by then.
+        # Whether waiting threads spin for a while or sleep is left as it is, for it is part of what is measured: only
+        # one of the processes works at a time, and threads of the others have gone to sleep by then.
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         if entry.runtime in EXECUTIONS:
             # A session has threads of its own; torch's, which only pick tokens, would spin beside them.

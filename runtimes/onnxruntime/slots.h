@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../native/trim_native.h"
+#include "pages.h"
 
 namespace trim::ort {
 
@@ -133,8 +134,8 @@ class Slots {
         }
         const std::size_t steps = static_cast<std::size_t>(slot_start_.back());
         const std::size_t entries = static_cast<std::size_t>(list_start_.back()), width = value_bytes(matrix.value_type);
-        slot_columns_.resize(steps), list_columns_.resize(entries);
-        slot_values_.resize(8 * steps * width), list_values_.resize(entries * width);
+        slot_columns_.assign(steps), list_columns_.assign(entries);
+        slot_values_.assign(8 * steps * width), list_values_.assign(entries * width);
         if (const std::int32_t status =
                 trim_native_lay_out(&given, slot_start_.data(), list_start_.data(), starts, slot_columns_.data(),
                                     slot_values_.data(), list_columns_.data(), list_values_.data())) {
@@ -143,19 +144,19 @@ class Slots {
         leave_out_bitmap(matrix);
         if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(rows.most());
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
-        matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = Rows::size(slot_columns_);
+        matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = slot_start_.back();
         matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);
         matrix.list_start = list_start_.data(), matrix.list_start_size = starts;
-        matrix.list_columns = list_columns_.data(), matrix.list_columns_size = Rows::size(list_columns_);
-        matrix.list_values = list_values_.data(), matrix.list_values_size = Rows::size(list_columns_);
+        matrix.list_columns = list_columns_.data(), matrix.list_columns_size = list_start_.back();
+        matrix.list_values = list_values_.data(), matrix.list_values_size = list_start_.back();
         return TRIM_NATIVE_OK;
     }
 
   private:
     std::vector<std::int64_t> slot_start_, list_start_;
-    std::vector<std::uint32_t> slot_columns_;
-    std::vector<std::uint16_t> list_columns_;
-    std::vector<unsigned char> slot_values_, list_values_;  // allocated with any type's alignment
+    Array<std::uint32_t> slot_columns_;
+    Array<std::uint16_t> list_columns_;
+    Array<unsigned char> slot_values_, list_values_;  // aligned for any type
 };
 
 }  // namespace trim::ort
