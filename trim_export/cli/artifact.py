@@ -21,7 +21,7 @@ def convert(
     to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, g8, csr-interleaved, dense, scipy or onnx.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
-    encoding: Annotated[str | None, typer.Option(help="In onnx: csr (default; faster) or bitmap (smaller).")] = None,
+    encoding: Annotated[str | None, typer.Option(help="In onnx: csr (default) or bitmap.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of kept weights in onnx: float32, bfloat16, float16, int8; else as stored.")
     ] = None,
