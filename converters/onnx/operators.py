@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from onnx import FunctionProto
+from onnx import FunctionProto, TensorProto
 from onnx.parser import parse_function
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,7 +33,7 @@ _RUN = 64  # zeros in a row of which csr stores one, so that the matrix is at mo
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: ``Y = A W^T`` for float32 A ``[..., columns]`` and constants that hold W ``[rows, columns]``.
+    """One operator: ``Y = A W^T`` for A ``[..., columns]`` and constants that hold W ``[rows, columns]``.
 
     Attributes:
         name: of the operator and its function.
@@ -47,11 +47,12 @@ class Operator:
     body: str
     encode: Callable[[SparseMatrix], dict[str, Tensor]]
 
-    def function(self, opset: int) -> FunctionProto:
-        """The operator in standard operators of this version."""
+    def function(self, opset: int, element: int = TensorProto.FLOAT) -> FunctionProto:
+        """The operator in standard operators of this version, for A and Y of a type (ONNX's number)."""
         function: FunctionProto = parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-            f"{self.name} <rows, columns> (A, {', '.join(self.constants)}) => (Y) {{\n{_VALUES}{self.body}{_PRODUCT}}}"
+            f"{self.name} <rows, columns> (A, {', '.join(self.constants)}) => (Y) {{\n{_VALUES}{self.body}"
+            f"{_PRODUCT.format(element=element)}}}"
         )
         return function
 
@@ -79,7 +80,8 @@ _PRODUCT = """
     scales_2d = Unsqueeze (scales, last)
     scaled = Mul (weight, scales_2d)
     turned = Transpose <perm = [1, 0]> (scaled)
-    Y = MatMul (A, turned)
+    right = Cast <to = {element}> (turned)
+    Y = MatMul (A, right)
 """
 
 # A running count of the bits says which value each of them stands for. The places of the layout are then sorted back.

@@ -62,6 +62,7 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     model = read_model(source / MODEL)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = _products(model, weights)
+    element = model.graph.output[0].type.tensor_type.elem_type  # of the logits, and of what is multiplied
     head = find_head(model, source) if form.head is not None else None
     if head is not None and _sparsity(read_tensor(source, weights[head.name])) >= form.least_sparsity:
         head = None  # it was pruned, and is a sparse product like the others
@@ -124,7 +125,7 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
                 store(name, DENSE, dense_matrix(weight), form.head)
                 if name == head.name:
                     multiply(head.product, DENSE, name, (weight.shape[0], weight.shape[1]))
-            rewrite_lookup(model, head, form.head == "int8")
+            rewrite_lookup(model, head, form.head == "int8", element)
     _insert(model, splits)
     if not counts:
         raise ModelError(f"{source / MODEL}: none of its {len(products)} constant MatMul weights is sparse")
@@ -132,7 +133,7 @@ def sparsify(source: Path, out: Path, form: Form) -> Sparsified:
     model.graph.initializer.extend(made)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    model.functions.extend(operator.function(opset) for operator in used.values())
+    model.functions.extend(operator.function(opset, element) for operator in used.values())
     (out / MODEL).write_bytes(model.SerializeToString())
     return Sparsified(*(sum(column) for column in zip(*counts, strict=True)))
 
