@@ -187,6 +187,13 @@ def test_with_the_last_logits_only_it_generates_the_same_and_is_not_evaluated(
     assert json.loads((last / "trim_onnx.json").read_text())["logits"] == "last"
 
 
+def test_products_that_torch_exports_as_gemm_are_sparse_too(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact]
+) -> None:
+    facts = json.loads((exported("opt-long", "--encoding", "csr") / "trim_onnx.json").read_text())
+    assert facts["matrices"] == len(pruned("opt-long").modules)
+
+
 @pytest.mark.parametrize("lm_head", ["stored", "int8"])
 def test_a_directory_for_cuda_is_made_without_a_gpu(
     lm_head: str, exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
