@@ -25,6 +25,8 @@ from trim_export.errors import ArtifactError
 from trim_export.runtimes import load
 from trim_export.runtimes.onnxruntime import LIBRARY, operator_library
 
+pytestmark = pytest.mark.filterwarnings("ignore:our ONNX operators")
+
 PLAIN = """
 import sys
 import numpy as np, onnxruntime
@@ -185,6 +187,43 @@ def test_with_the_last_logits_only_it_generates_the_same_and_is_not_evaluated(
     assert json.loads((last / "trim_onnx.json").read_text())["logits"] == "last"
 
 
+def test_products_that_torch_exports_as_gemm_are_sparse_too(
+    exported: Callable[..., Path], pruned: Callable[..., Artifact]
+) -> None:
+    facts = json.loads((exported("opt-long", "--encoding", "csr") / "trim_onnx.json").read_text())
+    assert facts["matrices"] == len(pruned("opt-long").modules)
+
+
+@pytest.mark.parametrize("lm_head", ["stored", "int8"])
+def test_a_directory_for_cuda_is_made_without_a_gpu(
+    lm_head: str, exported: Callable[..., Path], pruned: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    folder = exported("llama-16-tied", "--ep", "cuda", "--lm-head", lm_head)
+    assert json.loads((folder / "trim_onnx.json").read_text())["provider"] == "cuda"
+    session = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert [list(provider) for provider in session["provider_options"]] == [["cuda"]]
+    ours = operator_library("cuda")
+    assert session.get("custom_ops_library") == (ours.name if ours else None)
+    assert sorted(file.name for file in folder.glob("*.so")) == ([ours.name] if ours else [])
+    tokens = torch.tensor([[5, 9, 44, 17]])
+    with torch.inference_mode():  # standard operators compute in float16 on a CPU too
+        logits = load(folder, "onnxruntime-functions")(tokens).logits
+        expected = load(pruned("llama-16-tied").path, "dense")(tokens).logits
+    assert (logits - expected).abs().max() <= (0.002 if lm_head == "stored" else 0.05) * expected.abs().max()
+
+
+@needs_operators
+def test_a_directory_for_cuda_says_so_where_kernels_of_the_cpu_would_take_it(exported: Callable[..., Path]) -> None:
+    folder = exported("llama-16-tied", "--ep", "cuda", "--lm-head", "stored")
+    assert "was made for CUDA" in sentence(run("generate", folder, "--prompt", "abc", check=2))
+
+
+def test_a_graph_for_cuda_needs_an_architecture_of_the_builder(pruned: Callable[..., Artifact], tmp_path: Path) -> None:
+    failed = run("convert", pruned("opt").path, "--to", "onnx", "--ep", "cuda", "-o", tmp_path / "out", check=2)
+    assert "only onnxruntime-genai's model builder makes fp16 for cuda" in sentence(failed)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) -> None:
     folder = exported("llama-16", "--portable")
     assert not (folder / LIBRARY).exists()
@@ -202,6 +241,9 @@ def test_the_portable_form_needs_nothing_of_ours(exported: Callable[..., Path]) 
         (("--to", "csr", "--dtype", "int8"), "--dtype belongs to --to onnx"),
         (("--to", "bsr", "--portable"), "--portable belongs to --to onnx"),
         (("--to", "csr", "--last-logits"), "--last-logits belongs to --to onnx"),
+        (("--to", "dense", "--ep", "cuda"), "--ep belongs to --to onnx"),
+        (("--to", "onnx", "--ep", "rocm"), "unknown execution provider 'rocm'"),
+        (("--to", "onnx", "--ep", "cuda", "--dtype", "float32"), "--ep cuda computes in float16"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_sentence(

@@ -78,20 +78,21 @@ def dense_matrix(weight: Tensor) -> SparseMatrix:
     return SparseMatrix(torch.ones_like(weight, dtype=torch.bool), weight.reshape(-1))
 
 
-def rewrite_lookup(model: ModelProto, head: Head, scaled: bool) -> None:
-    """Look tokens up in the stored matrix, widen what was found, and if ``scaled`` multiply it by its rows' scales."""
+def rewrite_lookup(model: ModelProto, head: Head, scaled: bool, element: int) -> None:
+    """Look tokens up in the stored matrix, as numbers of a type, and if ``scaled`` multiply by their rows' scales."""
     lookup = head.lookup
     if lookup is None:
         return
     tokens, output = lookup.input[1], lookup.output[0]
     made = [
         helper.make_node("Gather", [f"{head.table}.values", tokens], [f"{output}/stored"]),
-        helper.make_node("Cast", [f"{output}/stored"], [f"{output}/steps" if scaled else output], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [f"{output}/stored"], [f"{output}/steps" if scaled else output], to=element),
     ]
     if scaled:
         last = helper.make_tensor("last", TensorProto.INT64, [1], [-1])
         made += [
-            helper.make_node("Gather", [f"{head.table}.scales", tokens], [f"{output}/scales"]),
+            helper.make_node("Gather", [f"{head.table}.scales", tokens], [f"{output}/stored_scales"]),
+            helper.make_node("Cast", [f"{output}/stored_scales"], [f"{output}/scales"], to=element),
             helper.make_node("Constant", [], [f"{output}/last"], value=last),
             helper.make_node("Unsqueeze", [f"{output}/scales", f"{output}/last"], [f"{output}/scales_of_rows"]),
             helper.make_node("Mul", [f"{output}/steps", f"{output}/scales_of_rows"], [output]),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from onnx import FunctionProto
+from onnx import FunctionProto, TensorProto
 from onnx.parser import parse_function
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from trim_export.converters.bitmap_4x64 import Bitmap4x64
 from trim_export.converters.int8 import quantize_rows
 from trim_export.converters.matrix import SparseMatrix
-from trim_export.converters.sell8 import encode_lists
 from trim_export.errors import choose
 
 __all__ = ["DENSE", "DOMAIN", "SPARSE", "VALUES", "Operator", "pick_encoding", "with_values"]
@@ -29,11 +28,12 @@ VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """How kept weights can be stored."""
 
 _TAIL = 64  # values that a kernel may read behind the last one
+_RUN = 64  # zeros in a row of which csr stores one, so that the matrix is at most so many times larger than its file
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: ``Y = A W^T`` for float32 A ``[..., columns]`` and constants that hold W ``[rows, columns]``.
+    """One operator: ``Y = A W^T`` for A ``[..., columns]`` and constants that hold W ``[rows, columns]``.
 
     Attributes:
         name: of the operator and its function.
@@ -47,11 +47,12 @@ class Operator:
     body: str
     encode: Callable[[SparseMatrix], dict[str, Tensor]]
 
-    def function(self, opset: int) -> FunctionProto:
-        """The operator in standard operators of this version."""
+    def function(self, opset: int, element: int = TensorProto.FLOAT) -> FunctionProto:
+        """The operator in standard operators of this version, for A and Y of a type (ONNX's number)."""
         function: FunctionProto = parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-            f"{self.name} <rows, columns> (A, {', '.join(self.constants)}) => (Y) {{\n{_VALUES}{self.body}{_PRODUCT}}}"
+            f"{self.name} <rows, columns> (A, {', '.join(self.constants)}) => (Y) {{\n{_VALUES}{self.body}"
+            f"{_PRODUCT.format(element=element)}}}"
         )
         return function
 
@@ -79,7 +80,8 @@ _PRODUCT = """
     scales_2d = Unsqueeze (scales, last)
     scaled = Mul (weight, scales_2d)
     turned = Transpose <perm = [1, 0]> (scaled)
-    Y = MatMul (A, turned)
+    right = Cast <to = {element}> (turned)
+    Y = MatMul (A, right)
 """
 
 # A running count of the bits says which value each of them stands for. The places of the layout are then sorted back.
@@ -113,35 +115,15 @@ _BITMAP = """
     weight = Gather <axis = 0> (placed, back)
 """
 
-# A running count of the blocks that have ended says in which an entry stands. Entries that only fill a row up add zero.
-_SELL8 = """
-    entries = Shape (columns)
-    room = Add (entries, second)
-    blank = ConstantOfShape <value = int32[1] {0}> (room)
-    far = Constant <value = int64[1] {9223372036854775807}> ()
-    ends = Slice (start, second, far)
-    blocks = Shape (ends)
-    marks = ConstantOfShape <value = int32[1] {1}> (blocks)
-    ended = ScatterElements <axis = 0, reduction = "add"> (blank, ends, marks)
-    running = CumSum (ended, axis)
-    block_32 = Slice (running, first, entries)
-    block = Cast <to = 7> (block_32)
-    eight = Constant <value = int64 {8}> ()
-    entry_count = Squeeze (entries)
-    entry = Range (zero, entry_count, one)
-    lane = Mod (entry, eight)
-    top = Mul (block, eight)
-    stands = Add (top, lane)
-    bottom = Sub (height, one)
-    place = Min (stands, bottom)
-    order_64 = Cast <to = 7> (order)
-    row = Gather (order_64, place)
-    begins = Mul (row, width)
-    column = Cast <to = 7> (columns)
-    position = Add (begins, column)
+# A running sum of the distances between weights says where in the matrix, row after row, each of them stands.
+_CSR = """
+    before = Cast <to = 7> (gaps)
+    distance = Add (before, second)
+    passed = CumSum (distance, axis)
+    position = Sub (passed, second)
     size = Mul (height_1d, width_1d)
     empty = ConstantOfShape <value = float[1] {0}> (size)
-    flat = ScatterElements <axis = 0, reduction = "add"> (empty, position, stored)
+    flat = ScatterElements <axis = 0> (empty, position, stored)
     weight = Reshape (flat, sides)
 """
 
@@ -160,21 +142,24 @@ def _encode_bitmap(matrix: SparseMatrix) -> dict[str, Tensor]:
     }
 
 
-def _encode_sell8(matrix: SparseMatrix) -> dict[str, Tensor]:
-    counts = matrix.row_counts
-    order = counts.argsort(descending=True, stable=True)
-    mask = matrix.mask[order]
-    start, columns, values = encode_lists(mask, matrix.to_dense()[order][mask], counts[order])
-    return {"order": order.int(), "start": start, "columns": columns.view(torch.uint16), "values": values}
+def _encode_csr(matrix: SparseMatrix) -> dict[str, Tensor]:
+    """Weights row after row, each with the zeros before it; where these are ``_RUN`` or more, some are stored."""
+    ends = torch.tensor([-1]), torch.tensor([matrix.mask.numel()])
+    zeros = torch.cat([ends[0], matrix.mask.reshape(-1).nonzero()[:, 0], ends[1]]).diff() - 1
+    stored = zeros // _RUN
+    place = torch.arange(len(matrix.values)) + stored[:-1].cumsum(0)
+    gaps = torch.full((len(matrix.values) + int(stored.sum()),), _RUN - 1, dtype=torch.uint8)
+    gaps[place] = (zeros[:-1] % _RUN).to(torch.uint8)
+    values = matrix.values.new_zeros(len(gaps))
+    values[place] = matrix.values
+    return {"gaps": gaps, "values": values}
 
 
 SPARSE = {
     "bitmap": Operator("SparseMatMulBitmap", ("order", "mask", "values", "scales"), _SIDES + _BITMAP, _encode_bitmap),
-    "csr": Operator(
-        "SparseMatMulSell8", ("order", "start", "columns", "values", "scales"), _SIDES + _SELL8, _encode_sell8
-    ),
+    "csr": Operator("SparseMatMulCsr", ("gaps", "values", "scales"), _SIDES + _CSR, _encode_csr),
 }
-"""Sparse operators by encoding: the bitmap is smaller; rows of 16-bit columns are faster, at least without AVX-512."""
+"""Sparse operators by encoding: csr takes a byte for each kept weight, the bitmap a bit for any weight."""
 
 DENSE = Operator("DenseMatMul", ("values", "scales"), _DENSE, lambda matrix: {"values": matrix.to_dense()})
 """For a matrix that stays dense, in the orientation and dtype in which an embedding can share it."""

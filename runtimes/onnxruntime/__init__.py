@@ -2,6 +2,7 @@
 
 from trim_export.runtimes.onnxruntime.model import EXECUTIONS, OnnxCausalLM, is_onnx, load_onnx
 from trim_export.runtimes.onnxruntime.session import (
+    LACKING,
     LIBRARY,
     ONNX_MANIFEST,
     Session,
@@ -13,6 +14,7 @@ from trim_export.runtimes.onnxruntime.session import (
 
 __all__ = [
     "EXECUTIONS",
+    "LACKING",
     "LIBRARY",
     "ONNX_MANIFEST",
     "OnnxCausalLM",

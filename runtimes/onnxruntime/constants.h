@@ -1,9 +1,9 @@
 // The constants of each operator: a matrix as the native engine takes it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -42,10 +42,10 @@ class Constants {
     virtual std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
                                   float* outputs) const = 0;
 
-    virtual void check() const { refuse_status(multiply({1, 1, nullptr, nullptr}, nullptr, 0, nullptr)); }
+    virtual void check() { refuse_status(multiply({1, 1, nullptr, nullptr}, nullptr, 0, nullptr)); }
 
     // What only a host that can read all constants is able to check.
-    virtual void check_contents() const {
+    void check_contents() const {
         for (std::int64_t row = 0; row < rows_; ++row) {
             if (!std::isfinite(scales_[row])) refuse(api_, "a scale is NaN or infinite");
         }
@@ -81,53 +81,20 @@ class Constants {
 
 class Sparse : public Constants {
   public:
-    static constexpr std::size_t kStructure = 2;  // inputs behind A that are read here
-
     Sparse(const Api& api, const KernelInfo* info) : Constants(api, info) {
-        const Tensor order = read_constant(api, info, 1, "order", kInt32);
         matrix_.rows = rows_;
         matrix_.columns = columns_;
-        matrix_.order = static_cast<const std::int32_t*>(order.data);
-        matrix_.order_size = order.size();
     }
 
     const TrimNativeMatrix& matrix() const { return matrix_; }
-
-    // Also that the order names each row once: what another row gets would else stay as it was.
-    void check() const override {
-        Constants::check();
-        std::vector<bool> named(static_cast<std::size_t>(rows_));
-        for (std::int64_t place = 0; place < rows_; ++place) {
-            const std::size_t row = static_cast<std::size_t>(matrix_.order[place]);
-            if (named[row]) refuse(api_, "the order does not name each row once");
-            named[row] = true;
-        }
-    }
 
     std::int32_t multiply(const TrimNativePool& pool, const float* inputs, std::int64_t tokens,
                           float* outputs) const override {
         return trim_native_linear_on(&pool, &matrix_, inputs, tokens, columns_, outputs, rows_);
     }
 
-    // To slots and lists, where they are of use; else the file's layout is as good as another. A matrix that keeps next to
-    // nothing would be all lists again, and takes more memory on the way than its file has bytes.
-    void prepare() override {
-        constexpr std::int64_t kLeastDensity = 64, kMostColumns = 65536;
-        const std::int64_t stored = matrix_.values_size + matrix_.list_values_size;
-        if (std::isfinite(trim_native_step_cost(matrix_.value_type)) && columns_ <= kMostColumns &&
-            rows_ * columns_ <= kLeastDensity * stored) {
-            refuse_status(slots_.lay_out(matrix_));
-        }
-    }
-
   protected:
-    // Also the limit of inputs that whatever 8-bit integers allow.
-    void read_kept(const KernelInfo* info, std::size_t index, const void*& values, std::int64_t& size) {
-        read_values(info, index, matrix_, values, size);
-        if (matrix_.value_type == TRIM_NATIVE_I8) {
-            matrix_.input_limit = trim_native_input_limit(128 * (columns_ < size ? columns_ : size));
-        }
-    }
+    void lay_out(const TrimNativeRows& rows) { refuse_status(slots_.lay_out(matrix_, rows)); }
 
     TrimNativeMatrix matrix_{};
 
@@ -138,11 +105,18 @@ class Sparse : public Constants {
 class Bitmap : public Sparse {
   public:
     static constexpr const char* kName = "SparseMatMulBitmap";
-    static constexpr std::size_t kInputs = 5;
+    static constexpr std::size_t kInputs = 5, kStructure = 2;  // inputs behind A that are read here
 
     Bitmap(const Api& api, const KernelInfo* info) : Sparse(api, info) {
+        const Tensor order = read_constant(api, info, 1, "order", kInt32);
+        matrix_.order = static_cast<const std::int32_t*>(order.data);
+        matrix_.order_size = order.size();
         const Tensor mask = read_constant(api, info, 2, "mask", kUInt8);
-        read_kept(info, 3, matrix_.values, matrix_.values_size);
+        read_values(info, 3, matrix_, matrix_.values, matrix_.values_size);
+        if (matrix_.value_type == TRIM_NATIVE_I8) {
+            const std::int64_t kept = columns_ < matrix_.values_size ? columns_ : matrix_.values_size;
+            matrix_.input_limit = trim_native_input_limit(128 * kept);  // whatever the values are; finer where they are laid out
+        }
         const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
         if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||
             reinterpret_cast<std::uintptr_t>(mask.data) % alignof(std::uint64_t)) {
@@ -164,56 +138,105 @@ class Bitmap : public Sparse {
         matrix_.list_start_size = 1;
     }
 
+    // Also that the order names each row once: what another row gets would else stay as it was.
+    void check() override {
+        Sparse::check();
+        std::vector<bool> named(static_cast<std::size_t>(rows_));
+        for (std::int64_t place = 0; place < rows_; ++place) {
+            const std::size_t row = static_cast<std::size_t>(matrix_.order[place]);
+            if (named[row]) refuse(api_, "the order does not name each row once");
+            named[row] = true;
+        }
+    }
+
+    // To slots and lists, where they are of use; else the file's layout is as good as another. A matrix that keeps next to
+    // nothing would be all lists, and takes more memory on the way than its file has bytes.
+    void prepare() override {
+        constexpr std::int64_t kLeastDensity = 64, kMostColumns = 65536;
+        if (std::isfinite(trim_native_step_cost(matrix_.value_type)) && columns_ <= kMostColumns &&
+            rows_ * columns_ <= kLeastDensity * matrix_.values_size) {
+            const Rows rows(matrix_);
+            refuse_status(rows.good() ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_MASK);
+            lay_out(rows.described());
+        }
+    }
+
   private:
     std::vector<std::int64_t> starts_;
 };
 
-class Sell8 : public Sparse {
+// Row after row, each weight with the number of zeros before it. A run of `kRun` zeros or more holds stored ones, so that
+// what is laid out anew is never much larger than the file.
+class Csr : public Sparse {
   public:
-    static constexpr const char* kName = "SparseMatMulSell8";
-    static constexpr std::size_t kInputs = 6;
+    static constexpr const char* kName = "SparseMatMulCsr";
+    static constexpr std::size_t kInputs = 4, kStructure = 1;
+    static constexpr std::int64_t kRun = 64, kMostColumns = 65536;
 
-    Sell8(const Api& api, const KernelInfo* info) : Sparse(api, info) {
-        const Tensor start = read_constant(api, info, 2, "start", kInt64);
-        const Tensor columns = read_constant(api, info, 3, "columns", kUInt16);
-        read_kept(info, 4, matrix_.list_values, matrix_.list_values_size);
-        matrix_.list_start = static_cast<const std::int64_t*>(start.data);
-        matrix_.list_start_size = start.size();
-        matrix_.list_columns = static_cast<const std::uint16_t*>(columns.data);
-        matrix_.list_columns_size = columns.size();
-        leave_out_bitmap(matrix_);
+    Csr(const Api& api, const KernelInfo* info) : Sparse(api, info) {
+        const Tensor gaps = read_constant(api, info, 1, "gaps", kUInt8);
+        gaps_ = static_cast<const std::uint8_t*>(gaps.data);
+        gaps_size_ = gaps.size();
+        read_values(info, 2, matrix_, values_, values_size_);
     }
 
-    // Columns that are wrong would mean one thing to the kernel for one token and another to that for several.
-    void check_contents() const override {
-        Constants::check_contents();
-        for (std::int64_t block = 0; block + 1 < matrix_.list_start_size; ++block) {
-            for (std::int64_t lane = 0; lane < 8; ++lane) {
-                if (!rises(matrix_.list_start[block] + lane, matrix_.list_start[block + 1])) {
-                    refuse(api_, "the columns of a row do not rise, or leave the matrix");
-                }
-            }
+    // Where each row begins [rows + 1], the column of each value, and the values; of a matrix that was checked.
+    const std::vector<std::int64_t>& starts() const { return starts_; }
+    const std::vector<std::uint16_t>& columns_of_values() const { return columns_of_values_; }
+    const void* values() const { return values_; }
+
+    // Gaps name no column twice and none that does not exist, if they end where the matrix does.
+    void check() override {
+        if (rows_ < 1 || rows_ > INT32_MAX || columns_ < 1 || columns_ > kMostColumns) {
+            refuse_status(TRIM_NATIVE_NO_MATRIX);
         }
+        if (values_size_ != gaps_size_ || matrix_.scales_size != rows_ ||
+            reinterpret_cast<std::uintptr_t>(values_) % value_bytes(matrix_.value_type) ||
+            reinterpret_cast<std::uintptr_t>(matrix_.scales) % alignof(float)) {
+            refuse_status(TRIM_NATIVE_BAD_SIZE);
+        }
+        if (!decode()) refuse(api_, "the gaps do not end where the matrix does, or are too wide");
+    }
+
+    void prepare() override {
+        std::vector<std::uint8_t> mask(static_cast<std::size_t>(rows_ * columns_));
+        order_.resize(static_cast<std::size_t>(rows_));
+        for (std::int64_t row = 0; row < rows_; ++row) {
+            order_[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(row);
+            for (std::int64_t i = starts_[row]; i < starts_[row + 1]; ++i) mask[row * columns_ + columns_of_values_[i]] = 1;
+        }
+        const auto kept = [&](std::int32_t row) { return starts_[row + 1] - starts_[row]; };
+        std::stable_sort(order_.begin(), order_.end(), [&](auto left, auto right) { return kept(left) > kept(right); });
+        matrix_.order = order_.data(), matrix_.order_size = rows_;
+        lay_out({rows_, columns_, mask.data(), Rows::size(mask), starts_.data(), Rows::size(starts_), values_, values_size_,
+                 order_.data(), rows_, matrix_.value_type});
+        starts_ = {}, columns_of_values_ = {};
+        Sparse::check();
     }
 
   private:
-    // Whether the columns of one row do, but for zeros that fill it up.
-    bool rises(std::int64_t entry, std::int64_t end) const {
-        bool full = false;
-        for (std::int64_t before = -1, column; entry < end; entry += 8, before = column) {
-            column = matrix_.list_columns[entry];
-            full = full || column <= before;
-            if (column >= columns_ || (full && (column != before || !is_zero(entry)))) return false;
+    bool decode() {
+        starts_ = {0}, columns_of_values_.resize(static_cast<std::size_t>(gaps_size_));
+        std::int64_t column = -1;
+        for (std::int64_t i = 0; i < gaps_size_; ++i) {
+            if (gaps_[i] >= kRun) return false;
+            for (column += 1 + gaps_[i]; column >= columns_; column -= columns_) {
+                if (Rows::size(starts_) == rows_) return false;
+                starts_.push_back(i);
+            }
+            columns_of_values_[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(column);
         }
+        if ((rows_ - Rows::size(starts_)) * columns_ + columns_ - 1 - column >= kRun) return false;
+        starts_.resize(static_cast<std::size_t>(rows_ + 1), gaps_size_);
         return true;
     }
 
-    bool is_zero(std::int64_t entry) const {
-        constexpr unsigned char kZero[4] = {};
-        const std::size_t width = value_bytes(matrix_.value_type);
-        const unsigned char* const values = static_cast<const unsigned char*>(matrix_.list_values);
-        return std::memcmp(values + static_cast<std::size_t>(entry) * width, kZero, width) == 0;
-    }
+    const std::uint8_t* gaps_ = nullptr;
+    const void* values_ = nullptr;
+    std::int64_t gaps_size_ = 0, values_size_ = 0;
+    std::vector<std::int64_t> starts_;
+    std::vector<std::uint16_t> columns_of_values_;
+    std::vector<std::int32_t> order_;
 };
 
 class Dense : public Constants {

@@ -1,6 +1,6 @@
 // The products of the operators on a GPU: Y = A W^T, summed in float32, each of them short before it is fast.
 //
-// A warp takes a unit of W (four rows of a bitmap, eight of lists, one dense) and some tokens at a time, and its lanes
+// A warp takes a unit of W (four rows of a bitmap, else one) and some tokens at a time, and its lanes
 // add up what they find side by side. Whatever the arrays hold, nothing outside of them is touched, as long as they are
 // as long as the views below say. Read trim_native.h for the layouts.
 #pragma once
@@ -19,7 +19,6 @@ constexpr int kWarp = 32;
 constexpr int kBlockWarps = 4;
 constexpr int kGroupRows = 4;
 constexpr int kWordColumns = 64;
-constexpr int kListRows = 8;
 
 // ---- views of matrices in the memory of the GPU ---------------------------------------------------------------------
 
@@ -33,11 +32,10 @@ struct Bitmap {
     const float* scales;                       // [rows]
 };
 
-struct Sell8 {
-    std::int64_t rows, columns, units;         // of eight rows
-    const std::int32_t* order;                 // [rows]
+struct Csr {
+    std::int64_t rows, columns, units;         // of one row
     const std::int64_t* start;                 // [units + 1]
-    const std::uint16_t* list_columns;         // [size]
+    const std::uint16_t* columns_of_values;    // [size]
     const void* values;                        // [size]
     std::int64_t size;
     const float* scales;                       // [rows]
@@ -135,20 +133,17 @@ __device__ void multiply_unit(const Bitmap& matrix, std::int64_t unit, int lane,
     }
 }
 
-// Four steps of the lists at a time: lane i has row i % 8.
 template <typename Value, typename Input, int kTokens>
-__device__ void multiply_unit(const Sell8& matrix, std::int64_t unit, int lane, const Tokens<Input, kTokens>& tokens) {
+__device__ void multiply_unit(const Csr& matrix, std::int64_t row, int lane, const Tokens<Input, kTokens>& tokens) {
     const Value* const values = static_cast<const Value*>(matrix.values);
-    const Span span(matrix.start, unit, matrix.size);
+    const Span span(matrix.start, row, matrix.size);
     float sums[kTokens] = {};
     for (std::int64_t entry = span.first + lane; entry < span.last; entry += kWarp) {
-        const std::int64_t column = matrix.list_columns[entry];
+        const std::int64_t column = matrix.columns_of_values[entry];
         if (column < matrix.columns) tokens.add_products(widen(values[entry]), column, sums);
     }
-    for (int t = 0; t < kTokens; ++t) sums[t] = sum_lanes<kListRows>(sums[t]);
-    const std::int64_t place = unit * kListRows + lane;
-    const std::int64_t row = lane < kListRows && place < matrix.rows ? matrix.order[place] : -1;
-    if (row >= 0 && row < matrix.rows) tokens.store(row, matrix.scales[row], sums);
+    for (int t = 0; t < kTokens; ++t) sums[t] = sum_lanes<1>(sums[t]);
+    if (lane == 0) tokens.store(row, matrix.scales[row], sums);
 }
 
 template <typename Value, typename Input, int kTokens>

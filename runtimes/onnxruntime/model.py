@@ -96,7 +96,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         found = self.session.run(
             {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.long().numpy()} | past.arrays
         )
-        logits = torch.from_numpy(found.pop("logits"))[:, -logits_to_keep:]
+        logits = torch.from_numpy(found.pop("logits"))[:, -logits_to_keep:].float()
         if logits.shape[1] != (logits_to_keep or tokens):
             raise UsageError(
                 f"the ONNX graph gives logits of {logits.shape[1]} of {tokens} tokens (--last-logits): it generates, "

@@ -1,15 +1,14 @@
 // ONNX Runtime operators of the domain `trim_export`: products with sparse constants, executed by the native engine.
 //
 //     SparseMatMulBitmap(A, order, mask, values, scales) -> Y      mask    uint8 [groups, words, 32]
-//     SparseMatMulSell8(A, order, start, columns, values, scales) -> Y
-//                                                                  start   int64 [blocks + 1], columns uint16 [entries]
+//     SparseMatMulCsr(A, gaps, values, scales) -> Y                gaps    uint8 [entries]
 //     DenseMatMul(A, values, scales) -> Y                          values  [rows, columns], for an LM head
 //
 // A is float32 [..., columns], Y float32 [..., rows]; order is int32 [rows], values are float32, bfloat16, float16 or
-// int8, scales float32 [rows]. All but A are constants in the layout of trim_native.h, in which a sparse matrix is all
-// bitmap or all lists; the values of a bitmap have its tail. Attributes: rows, columns.
+// int8, scales float32 [rows]. All but A are constants: a bitmap in the layout of trim_native.h, its values with their
+// tail; or gaps, how many zeros there are before each value, row after row. Attributes: rows, columns.
 //
-// The file with the constants may come from anybody: sizes, order and columns are checked when the session is made, and
+// The file with the constants may come from anybody: sizes, order and gaps are checked when the session is made, and
 // the engine checks the rest as it goes. The threads are the session's.
 #include <thread>
 
@@ -77,7 +76,7 @@ class CpuKernel : public Kernel {
 };
 
 std::vector<CustomOp> all_ops() {
-    std::vector<CustomOp> ops{describe<CpuKernel<Bitmap>>(), describe<CpuKernel<Sell8>>(),
+    std::vector<CustomOp> ops{describe<CpuKernel<Bitmap>>(), describe<CpuKernel<Csr>>(),
                               describe<CpuKernel<Dense>>()};
 #ifdef TRIM_EXPORT_CUDA
     add_cuda_ops(ops);

@@ -1,9 +1,9 @@
 // The operators of ops.cpp on the CUDA execution provider, for A and Y of float32 or float16. (On the CPU, which has
 // them for float32 alone, ONNX Runtime casts around them.)
 //
-// Order, mask and start arrive in the memory of the host, where they are checked and from where they are copied to the
-// GPU once; what the other constants hold needs no check, since the kernels bound every index. Compiled and tested in
-// emulation, but never run on a GPU.
+// Order, mask and gaps arrive in the memory of the host, where they are checked and from where they are copied to the
+// GPU once, gaps as starts and columns; what the other constants hold needs no check, since the kernels bound every
+// index. Compiled and tested in emulation, but never run on a GPU.
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -70,11 +70,12 @@ cuda::Bitmap view(const Bitmap& constants, Uploads& uploads) {
             given.values, given.values_size, given.scales};
 }
 
-cuda::Sell8 view(const Sell8& constants, Uploads& uploads) {
-    const TrimNativeMatrix& given = constants.matrix();
-    return {given.rows, given.columns, given.list_start_size - 1, uploads.add(given.order, given.rows),
-            uploads.add(given.list_start, given.list_start_size), given.list_columns, given.list_values,
-            given.list_values_size, given.scales};
+cuda::Csr view(const Csr& constants, Uploads& uploads) {
+    const std::vector<std::int64_t>& starts = constants.starts();
+    const std::vector<std::uint16_t>& columns = constants.columns_of_values();
+    return {constants.rows(), constants.columns(), constants.rows(), uploads.add(starts.data(), Rows::size(starts)),
+            uploads.add(columns.data(), Rows::size(columns)), constants.values(), Rows::size(columns),
+            constants.matrix().scales};
 }
 
 cuda::Dense view(const Dense& constants, Uploads&) {
@@ -91,7 +92,7 @@ class CudaKernel : public Kernel {
     static constexpr MemoryType kStructureMemory = kHostMemory;
 
     CudaKernel(const Api& api, const KernelInfo* info) : Kernel(api) {
-        const Constants constants(api, info);
+        Constants constants(api, info);
         constants.check();
         value_type_ = constants.matrix().value_type;
         const OnDeviceOf device(api, constants.matrix().scales);
@@ -116,7 +117,7 @@ class CudaKernel : public Kernel {
 template <typename Input>
 void add_ops(std::vector<CustomOp>& ops) {
     ops.push_back(describe<CudaKernel<Bitmap, Input>>());
-    ops.push_back(describe<CudaKernel<Sell8, Input>>());
+    ops.push_back(describe<CudaKernel<Csr, Input>>());
     ops.push_back(describe<CudaKernel<Dense, Input>>());
 }
 

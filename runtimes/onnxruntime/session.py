@@ -17,6 +17,7 @@ from trim_export.shared_library import find_library
 from trim_export.storage import difference, read_json, refuse_special_files, safe_file
 
 __all__ = [
+    "LACKING",
     "LIBRARY",
     "ONNX_MANIFEST",
     "Session",
@@ -41,11 +42,12 @@ _PROVIDERS = {"cpu": (CPU, LIBRARY), "cuda": ("CUDAExecutionProvider", "libtrim_
 _READ = (".onnx", ".data", ".json", ".so")
 """Suffixes of what runtimes read."""
 
-_LACKING = {
+LACKING = {
     "cpu": "our ONNX operators are not installed; install a C++ compiler and trim-export again",
     "cuda": "our ONNX operators for CUDA are not installed; with nvcc: "
     "pip install . -C cmake.define.TRIM_EXPORT_CUDA=ON",
 }
+"""What to say where our operators for a device are not there."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Session:
         kernels: whether our operators execute; None if the model has none of them.
         inputs: shapes of what it takes by name, where a side may be a word.
         outputs: names of what it gives.
+        element: the type of its keys and values.
     """
 
     native: Any
     kernels: bool | None
     inputs: Mapping[str, Sequence[int | str]]
     outputs: tuple[str, ...]
+    element: type[np.floating[Any]] = np.float32
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name; `UsageError` says what ONNX Runtime, or one of our kernels, has against the inputs."""
@@ -80,8 +84,13 @@ def operator_library(device: str = "cpu") -> Path | None:
 
 def read_form(directory: Path) -> Any:
     """What a directory stores its weights as: a `Form`'s fields, ``dense``, or None if nothing of ours says."""
+    return _recorded(directory, "form")
+
+
+def _recorded(directory: Path, key: str) -> Any:
     manifest = directory / ONNX_MANIFEST
-    return read_json(manifest).get("form") if manifest.is_file() else None
+    facts = read_json(manifest) if manifest.is_file() else {}
+    return facts.get(key) if isinstance(facts, dict) else None
 
 
 def verify_onnx(directory: Path) -> list[str]:
@@ -119,7 +128,7 @@ def open_session(
 
     Raises:
         EnvironmentLacks: onnxruntime, or our operators if ``kernels``, are not installed; or it cannot use the device.
-        UsageError: an unknown device.
+        UsageError: an unknown device, or not the one for which the directory was made.
         ArtifactError: a file is missing, damaged, or leads out of the directory.
     """
     if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
@@ -146,10 +155,12 @@ def open_session(
     if kernels is None:
         kernels = library is not None
         if ours and not kernels:
-            warnings.warn(f"{_LACKING[device]}; standard operators are used instead", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{LACKING[device]}; standard operators are used instead", RuntimeWarning, stacklevel=2)
     if ours and kernels:
+        if device == "cpu" and _recorded(directory, "provider") == "cuda":
+            raise UsageError(f"{directory}: was made for CUDA; load it with device='cuda', or convert with --ep cpu")
         if library is None:
-            raise EnvironmentLacks(_LACKING[device])
+            raise EnvironmentLacks(LACKING[device])
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # of ONNX Runtime's own, which share no base
@@ -163,10 +174,12 @@ def open_session(
     if native.get_providers() != providers:
         raise EnvironmentLacks(f"ONNX Runtime took {native.get_providers()} instead of {providers}; is there a GPU?")
     inputs = {value.name: tuple(value.shape) for value in native.get_inputs()}
-    return Session(native, kernels if ours else None, inputs, tuple(value.name for value in native.get_outputs()))
+    halves = any(value.type == "tensor(float16)" for value in native.get_inputs())
+    outputs = tuple(value.name for value in native.get_outputs())
+    return Session(native, kernels if ours else None, inputs, outputs, np.float16 if halves else np.float32)
 
 
-def empty_cache(session: Session, batch: int, width: int) -> dict[str, NDArray[np.float32]]:
+def empty_cache(session: Session, batch: int, width: int) -> dict[str, NDArray[Any]]:
     """Keys and values of no tokens, by the names of the inputs; ``width`` is a head's, which a graph may leave open."""
     shapes = {name: shape for name, shape in session.inputs.items() if name.startswith("past")}
-    return {name: np.zeros((batch, int(shape[1]), 0, width), np.float32) for name, shape in shapes.items()}
+    return {name: np.zeros((batch, int(shape[1]), 0, width), session.element) for name, shape in shapes.items()}

@@ -29,25 +29,20 @@ inline void leave_out_bitmap(TrimNativeMatrix& matrix) {
     matrix.values_size = TRIM_NATIVE_TAIL;
 }
 
-// What a file holds, a bitmap or lists, as rows; row i is the one at place i. Its contents are from anybody.
+// The bitmap that a file holds as rows; row i is the one at place i. Its contents are from anybody.
 class Rows {
   public:
     explicit Rows(const TrimNativeMatrix& matrix) : matrix_(matrix), width_(value_bytes(matrix.value_type)) {
         mask_.resize(static_cast<std::size_t>(matrix.rows * matrix.columns));
         starts_.push_back(0);
         for (std::int64_t place = 0; good_ && place < matrix.rows; ++place) {
-            const std::int64_t listed = place - matrix.bitmap_rows;
-            good_ = listed < 0 ? add_bitmap_row(place) : add_list_row(place, listed);
-            if (matrix.value_type == TRIM_NATIVE_I8) most_ = std::max(most_, sum_since(starts_.back()));
+            good_ = add_bitmap_row(place);
             starts_.push_back(static_cast<std::int64_t>(values_.size() / width_));
             order_.push_back(static_cast<std::int32_t>(place));
         }
     }
 
-    // The largest sum of |value| of a row of 8-bit integers.
-    std::int64_t most() const { return most_; }
-
-    // Whether every column exists, those of a list rise, and no bit stands where there is no weight.
+    // Whether every column exists, and no bit stands where there is no weight.
     bool good() const { return good_; }
 
     TrimNativeRows described() const {
@@ -79,52 +74,38 @@ class Rows {
         return next == matrix_.group_start[group + 1];
     }
 
-    // A row ends where its columns no longer rise.
-    bool add_list_row(std::int64_t place, std::int64_t listed) {
-        const std::int64_t end = matrix_.list_start[listed / 8 + 1];
-        std::int64_t before = -1;
-        for (std::int64_t entry = matrix_.list_start[listed / 8] + listed % 8; entry < end; entry += 8) {
-            const std::int64_t column = matrix_.list_columns[entry];
-            if (column >= matrix_.columns) return false;
-            if (column <= before) break;
-            keep(place, column, matrix_.list_values, entry);
-            before = column;
-        }
-        return true;
-    }
-
     void keep(std::int64_t place, std::int64_t column, const void* values, std::int64_t at) {
         mask_[static_cast<std::size_t>(place * matrix_.columns + column)] = 1;
         const unsigned char* const from = static_cast<const unsigned char*>(values) + static_cast<std::size_t>(at) * width_;
         values_.insert(values_.end(), from, from + width_);
     }
 
-    std::int64_t sum_since(std::int64_t first) const {
-        std::int64_t sum = 0;
-        for (auto at = static_cast<std::size_t>(first); at < values_.size(); ++at) {
-            sum += std::abs(static_cast<std::int8_t>(values_[at]));
-        }
-        return sum;
-    }
-
     const TrimNativeMatrix& matrix_;
     std::size_t width_;
     bool good_ = true;
-    std::int64_t most_ = 0;
     std::vector<std::uint8_t> mask_;
     std::vector<std::int64_t> starts_;
     std::vector<unsigned char> values_;
     std::vector<std::int32_t> order_;
 };
 
+// The largest sum of |value| of a row of 8-bit integers.
+inline std::int64_t largest_sum(const TrimNativeRows& rows) {
+    const std::int8_t* const values = static_cast<const std::int8_t*>(rows.values);
+    std::int64_t largest = 0;
+    for (std::int64_t row = 0; row < rows.rows; ++row) {
+        std::int64_t sum = 0;
+        for (std::int64_t i = rows.row_start[row]; i < rows.row_start[row + 1]; ++i) sum += std::abs(values[i]);
+        largest = std::max(largest, sum);
+    }
+    return largest;
+}
+
 // The arrays of a matrix that is all slots and lists.
 class Slots {
   public:
     // The engine's status; `matrix`, which keeps its order and scales, then points to the arrays.
-    std::int32_t lay_out(TrimNativeMatrix& matrix) {
-        const Rows rows(matrix);
-        if (!rows.good()) return TRIM_NATIVE_BAD_MASK;
-        const TrimNativeRows given = rows.described();
+    std::int32_t lay_out(TrimNativeMatrix& matrix, const TrimNativeRows& given) {
         const std::size_t blocks = static_cast<std::size_t>((matrix.rows + 7) / 8);
         slot_start_.resize(blocks + 1), list_start_.resize(blocks + 1);
         const std::int64_t starts = Rows::size(slot_start_);
@@ -142,7 +123,7 @@ class Slots {
             return status;
         }
         leave_out_bitmap(matrix);
-        if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(rows.most());
+        if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(largest_sum(given));
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
         matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = slot_start_.back();
         matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);

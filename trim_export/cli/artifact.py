@@ -21,7 +21,7 @@ def convert(
     to: Annotated[str, typer.Option(help="bitmap, csr, bsr, bitmap-4x64, g8, csr-interleaved, dense, scipy or onnx.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     block: Annotated[str | None, typer.Option(help="Block of bsr as ROWSxCOLUMNS.", metavar="RxC")] = None,
-    encoding: Annotated[str | None, typer.Option(help="In onnx: csr (default; faster) or bitmap (smaller).")] = None,
+    encoding: Annotated[str | None, typer.Option(help="In onnx: csr (default) or bitmap.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of kept weights in onnx: float32, bfloat16, float16, int8; else as stored.")
     ] = None,
@@ -33,6 +33,10 @@ def convert(
         bool,
         typer.Option("--last-logits", help="In onnx: of a prompt the last token's only, as generation needs them."),
     ] = False,
+    ep: Annotated[
+        str | None,
+        typer.Option("--ep", help="In onnx: what executes it, cpu (default) or cuda (in float16)."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Rewrite an artifact in another encoding, as a dense model, as scipy files, or for ONNX Runtime."""
@@ -43,7 +47,7 @@ def convert(
 
     choose("target", to, {**TARGETS, "onnx": None})
     only_onnx = {"--encoding": encoding, "--dtype": dtype, "--lm-head": lm_head, "--portable": portable or None}
-    only_onnx["--last-logits"] = last_logits or None
+    only_onnx |= {"--last-logits": last_logits or None, "--ep": ep}
     given = [name for name, value in only_onnx.items() if value is not None]
     if given and to != "onnx":
         raise UsageError(f"{given[0]} belongs to --to onnx, not to {to}")
@@ -51,9 +55,10 @@ def convert(
         raise UsageError(f"--portable is dense and as stored; leave out {given[0]}")
     artifact, blocks = open_artifact(directory), _parse_block(block)
     if to == "onnx":
+        lm_head, ep = lm_head or "stored", ep or "cpu"
         if blocks is not None:
             raise UsageError("--block belongs to --to bsr, not to onnx")
-        result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head or "stored", portable, last_logits)
+        result = _to_onnx(artifact, output, encoding or "csr", dtype, lm_head, portable, last_logits, ep)
     else:
         result = convert_artifact(artifact, to, output, blocks, track)
     out.print(
@@ -77,19 +82,23 @@ def _to_onnx(
     lm_head: str,
     portable: bool,
     last_logits: bool,
+    provider: str,
 ) -> dict[str, Any]:
     if importlib.util.find_spec("onnx") is None:
         raise EnvironmentLacks("ONNX export needs its packages: pip install 'trim-export[cpu]'")
     from trim_export.convert_onnx import convert_to_onnx
-    from trim_export.converters.onnx import SPARSE, VALUES, Form
+    from trim_export.converters.onnx import PROVIDERS, SPARSE, VALUES, Form
     from trim_export.runtimes import LM_HEADS
 
-    stored = artifact.manifest["source"]["dtype"]
+    choose("execution provider", provider, PROVIDERS)
+    stored = "float16" if provider == "cuda" else artifact.manifest["source"]["dtype"]
     choose("encoding of onnx", encoding, SPARSE)
     choose("dtype", dtype or stored, VALUES)
     choose("LM head", lm_head, LM_HEADS)
+    if provider == "cuda" and dtype in ("float32", "bfloat16"):
+        raise UsageError(f"--ep cuda computes in float16; leave out --dtype {dtype}, or take float16 or int8")
     form = Form(encoding, dtype or stored, stored if lm_head == "stored" else lm_head)
-    return convert_to_onnx(artifact, output, None if portable else form, track, last_logits)
+    return convert_to_onnx(artifact, output, None if portable else form, track, last_logits, provider)
 
 
 def _parse_block(text: str | None) -> tuple[int, int] | None:

@@ -79,6 +79,22 @@ def test_a_matrix_may_be_empty_or_full(encoding: str, share: float, tmp_path: Pa
         torch.testing.assert_close(product(tmp_path, inputs, kernels), inputs @ matrix.to_dense().T)
 
 
+@given(shape=shapes, density=st.sampled_from([0.0, 0.002, 0.02, 0.2, 1.0]), seed=st.integers(0, 2**20))
+def test_csr_takes_a_byte_for_each_weight_and_for_64_zeros_in_a_run(
+    shape: tuple[int, int], density: float, seed: int
+) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    matrix = SparseMatrix(mask, torch.arange(1.0, int(mask.sum()) + 1))
+    entries, zeros = [], 0
+    for weight in matrix.to_dense().reshape(-1).tolist():
+        zeros += 1
+        if weight or zeros == 64:
+            entries.append((zeros - 1, weight))
+            zeros = 0
+    parts = SPARSE["csr"].encode(matrix)
+    assert list(zip(parts["gaps"].tolist(), parts["values"].tolist(), strict=True)) == entries
+
+
 def test_wide_matrices_are_bitmaps_as_16_bit_columns_end() -> None:
     assert pick_encoding("csr", 2**16) is SPARSE["csr"]
     assert pick_encoding("csr", 2**16 + 1) is SPARSE["bitmap"]

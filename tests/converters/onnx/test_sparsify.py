@@ -101,6 +101,60 @@ def test_sparse_products_of_one_input_become_one(encoding: str, tmp_path: Path) 
         torch.testing.assert_close(product(out, inputs, kernels), expected, rtol=1e-4, atol=1e-3)
 
 
+@needs_operators
+@pytest.mark.parametrize("encoding", ["bitmap", "csr"])
+def test_gemms_are_products_and_their_biases_are_added(encoding: str, tmp_path: Path) -> None:
+    weights = {
+        "first": sparse(70, 50),
+        "first_bias": torch.randn(70),
+        "sibling": sparse(70, 50, seed=1).T.contiguous(),
+        "sibling_bias": torch.randn(1, 70),
+        "third": sparse(9, 70, seed=2),
+        "plain": sparse(9, 50, seed=3).T.contiguous(),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["A", "first", "first_bias"], ["f"], transB=1),
+        helper.make_node("Gemm", ["A", "sibling", "sibling_bias"], ["s"], alpha=1.0, beta=1.0),
+        helper.make_node("MatMul", ["A", "plain"], ["p"]),
+        helper.make_node("Mul", ["f", "s"], ["x"]),
+        helper.make_node("Gemm", ["x", "third"], ["t"], transB=1),
+        helper.make_node("Add", ["t", "p"], ["Y"]),
+    ]
+    write(tmp_path / "dense", nodes, weights, 50, 9)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert sparsify(tmp_path / "dense", out, Form(encoding)).matrices == 4
+    onnx.checker.check_model(onnx.load(out / MODEL))
+    kinds = [node.op_type for node in read_model(out / MODEL).graph.node]
+    assert "Gemm" not in kinds
+    assert sum(kind.startswith("SparseMatMul") for kind in kinds) == 2  # three share an input
+    inputs = torch.randn(4, 50)
+    x, named = inputs.double().numpy(), {name: weight.double().numpy() for name, weight in weights.items()}
+    hidden = (x @ named["first"].T + named["first_bias"]) * (x @ named["sibling"] + named["sibling_bias"])
+    expected = torch.from_numpy(hidden @ named["third"].T + x @ named["plain"])
+    for kernels in (True, False):
+        torch.testing.assert_close(product(out, inputs, kernels).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "bias"),
+    [({"alpha": 2.0}, "bias"), ({"beta": 0.5}, "bias"), ({"transA": 1}, "bias"), ({}, "computed")],
+    ids=["alpha", "beta", "transA", "computed bias"],
+)
+def test_other_gemms_stay_as_they_are(given: dict[str, Any], bias: str, tmp_path: Path) -> None:
+    weights = {"scaled": sparse(50, 50), "bias": torch.randn(50), "w": sparse(50, 50, seed=1).T.contiguous()}
+    nodes = [
+        helper.make_node("Add", ["bias", "bias"], ["computed"]),
+        helper.make_node("Gemm", ["A", "scaled", bias], ["x"], **given),
+        helper.make_node("MatMul", ["x", "w"], ["Y"]),
+    ]
+    write(tmp_path / "dense", nodes, weights, 50, 50)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert sparsify(tmp_path / "dense", out, Form()).matrices == 1
+    assert [node.op_type for node in read_model(out / MODEL).graph.node] == ["Add", "Gemm", "SparseMatMulBitmap"]
+
+
 def gated(folder: Path, nodes_behind: list[Any]) -> dict[str, Tensor]:
     """A gated MLP whose large activations meet small weights, as those of trained models do."""
     sizes = torch.arange(64).remainder(13).sub(6).float().exp2()
@@ -160,7 +214,7 @@ def test_a_graph_without_sparse_products_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [helper.make_node("MatMul", ["A", "w"], ["Y"])], {"w": torch.randn(40, 30)}, 40, 30)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(ModelError, match="none of its 1 constant MatMul weights is sparse"):
+    with pytest.raises(ModelError, match="none of its 1 constant MatMul or Gemm weights is sparse"):
         sparsify(tmp_path, out, Form())
 
 

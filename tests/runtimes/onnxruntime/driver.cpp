@@ -60,8 +60,8 @@ int main() {
                                    structure.as<std::uint64_t>(), start.as<std::int64_t>(), stored, size,
                                    scales.as<float>()});
         } else if (op == 1) {
-            run(trim::cuda::Sell8{rows, columns, units, order.as<std::int32_t>(), start.as<std::int64_t>(),
-                                  structure.as<std::uint16_t>(), stored, size, scales.as<float>()});
+            run(trim::cuda::Csr{rows, columns, units, start.as<std::int64_t>(), structure.as<std::uint16_t>(), stored,
+                                size, scales.as<float>()});
         } else {
             run(trim::cuda::Dense{rows, columns, rows, stored, scales.as<float>()});
         }
