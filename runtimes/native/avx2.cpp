@@ -241,11 +241,11 @@ struct Avx2 {
         }
     }
 
-    // Measured on Zen 4: nine to 16 tokens together cost as much as six to eight single ones.
-    static constexpr std::int64_t kFewTokens = 8;
+    // Measured on Zen 4: nine to 16 tokens together cost as much as six to eight single ones; with 8-bit values as 16.
+    static constexpr std::int64_t few_tokens(std::size_t value_bytes) { return value_bytes == 1 ? 16 : 8; }
 
     // Measured on Zen 4 (`python -m benchmarks.cpu_layers.forms`); values in memory count beside instructions.
-    static constexpr double step_cost(std::size_t value_bytes) { return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 1.5; }
+    static constexpr double step_cost(std::size_t value_bytes) { return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 2.5; }
 
     template <typename Value>
     static constexpr auto arrangement(const Value*) { return arrange_plainly; }

@@ -129,7 +129,7 @@ struct Avx512 : PlainQuads {
     }
     static constexpr auto append_quad = trim::append_quad;
 
-    static constexpr std::int64_t kFewTokens = 1;
+    static constexpr std::int64_t few_tokens(std::size_t) { return 1; }
 
     // Bitmaps are smaller, and expanding them costs one instruction.
     static constexpr double step_cost(std::size_t) { return __builtin_inf(); }

@@ -488,7 +488,7 @@ std::int32_t trim_native_linear_on(const TrimNativePool* pool, const TrimNativeM
     if (tokens == 0) return TRIM_NATIVE_OK;
     if (!aligned(inputs, sizeof(float)) || !aligned(outputs, sizeof(float))) return TRIM_NATIVE_BAD_INPUTS;
     const Kernels& kernels = *kernels_in_use.load(std::memory_order_relaxed);
-    const bool few = tokens <= kernels.few_tokens;
+    const bool few = tokens <= kernels.few_tokens[matrix->value_type];
     for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
         const std::int64_t some = first + kChunkTokens < tokens ? kChunkTokens : tokens - first;
         const float* const x = inputs + first * input_stride;

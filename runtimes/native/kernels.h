@@ -99,7 +99,7 @@ struct Batch {
 // One instruction set; indexed by the value type.
 struct Kernels {
     const char* name;
-    std::int64_t few_tokens;  // up to which it is faster to multiply them one by one
+    std::int64_t few_tokens[4];  // up to which it is faster to multiply them one by one
     float (*round_token)(const float* inputs, std::int64_t columns, const float* scales, std::int32_t limit, float* rounded);
     double step_cost[4];  // of a step of slots, in listed weights: what decides which of the two a layout takes
     Decode decode[4];

@@ -95,7 +95,7 @@ struct Portable : PlainQuads {
     // A quad of slots; may write four entries too many.
     static constexpr auto append_quad = trim::append_quad;
 
-    static constexpr std::int64_t kFewTokens = 1;
+    static constexpr std::int64_t few_tokens(std::size_t) { return 1; }
 
     // Never: lists are as fast where inputs are looked up in memory anyway.
     static constexpr double step_cost(std::size_t) { return __builtin_inf(); }

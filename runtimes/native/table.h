@@ -30,7 +30,7 @@ constexpr Batch batch_kernel() {
 template <typename Isa>
 constexpr Kernels kernels(const char* name) {
     return {name,
-            Isa::kFewTokens,
+            {Isa::few_tokens(sizeof(float)), Isa::few_tokens(2), Isa::few_tokens(2), Isa::few_tokens(1)},
             round_token,
             {Isa::step_cost(sizeof(float)), Isa::step_cost(2), Isa::step_cost(2), Isa::step_cost(1)},
             {decode_kernel<Isa, float>(), decode_kernel<Isa, BFloat16>(), decode_kernel<Isa, Float16>(),

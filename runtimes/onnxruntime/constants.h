@@ -114,8 +114,9 @@ class Bitmap : public Sparse {
         const Tensor mask = read_constant(api, info, 2, "mask", kUInt8);
         read_values(info, 3, matrix_, matrix_.values, matrix_.values_size);
         if (matrix_.value_type == TRIM_NATIVE_I8) {
-            const std::int64_t kept = columns_ < matrix_.values_size ? columns_ : matrix_.values_size;
-            matrix_.input_limit = trim_native_input_limit(128 * kept);  // whatever the values are; finer where they are laid out
+            // Whatever the values are; finer where they are laid out. No side was checked yet.
+            const std::int64_t kept = std::min(std::clamp<std::int64_t>(columns_, 0, INT32_MAX), matrix_.values_size);
+            matrix_.input_limit = trim_native_input_limit(128 * kept);
         }
         const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
         if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||
