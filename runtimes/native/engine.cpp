@@ -543,7 +543,9 @@ std::int32_t trim_native_dense_on(const TrimNativePool* pool, const TrimNativeDe
     return TRIM_NATIVE_OK;
 }
 
-std::int32_t trim_native_input_limit(std::int64_t most) { return trim::input_limit(most < 1 ? 1 : most); }
+std::int32_t trim_native_input_limit(std::int64_t most, std::int32_t as_floats) {
+    return trim::input_limit(most < 1 ? 1 : most, as_floats != 0);
+}
 
 double trim_native_step_cost(std::int32_t value_type) {
     const bool known = value_type >= TRIM_NATIVE_F32 && value_type <= TRIM_NATIVE_I8;

@@ -15,10 +15,10 @@ namespace {
 constexpr std::int32_t kMostInput = 32767;
 
 // The finest integers for inputs of a matrix whose rows have sums of |value| up to `most`: so that sums of products are
-// exact as floats or, where that would be coarser than 8 bits, as integers of 32 bits.
-inline std::int32_t input_limit(std::int64_t most) {
+// exact as integers of 32 bits or, if wanted and no coarser than 8 bits, as floats too.
+inline std::int32_t input_limit(std::int64_t most, bool as_floats) {
     constexpr std::int64_t kExact = (1 << 24) - 1, kLeast = 255, kWhole = 0x7fffffff;
-    const std::int64_t limit = kExact / most >= kLeast ? kExact / most : kWhole / most;
+    const std::int64_t limit = as_floats && kExact / most >= kLeast ? kExact / most : kWhole / most;
     return static_cast<std::int32_t>(limit < 2 ? 2 : limit < kMostInput ? limit : kMostInput);
 }
 

@@ -78,7 +78,7 @@ def _input_limit(matrix: SparseMatrix) -> int:
     """
     row = torch.repeat_interleave(matrix.row_counts)
     sums = torch.zeros(matrix.shape[0], dtype=torch.int64).scatter_add_(0, row, matrix.values.long().abs())
-    limit: int = required().trim_native_input_limit(int(sums.max()))
+    limit: int = required().trim_native_input_limit(int(sums.max()), True)
     return limit
 
 

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
     found.trim_native_plan.restype = number
     found.trim_native_lay_out.argtypes = [array, array, array, size, array, array, array, array]
     found.trim_native_lay_out.restype = number
-    found.trim_native_input_limit.argtypes = [ctypes.c_int64]
+    found.trim_native_input_limit.argtypes = [ctypes.c_int64, number]
     found.trim_native_step_cost.argtypes = [number]
     found.trim_native_step_cost.restype = ctypes.c_double
     found.trim_native_isa.argtypes = []

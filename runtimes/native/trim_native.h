@@ -174,9 +174,9 @@ TRIM_NATIVE_API int32_t trim_native_lay_out(const TrimNativeRows* rows, const in
                                             const int64_t* list_start, int64_t starts_size, uint32_t* slot_columns,
                                             void* slot_values, uint16_t* list_columns, void* list_values);
 
-// The limit with which inputs are rounded least, where no row's sum of |value| is above `most`; by it times the limit stays
-// below 2^24 or, where that would be coarser than 8 bits, below 2^31, as it must.
-TRIM_NATIVE_API int32_t trim_native_input_limit(int64_t most);
+// The limit with which inputs are rounded least, where no row's sum of |value| is above `most`. The sum times the limit stays
+// below 2^31, as it must, and, with `as_floats` and unless that would be coarser than 8 bits, below 2^24.
+TRIM_NATIVE_API int32_t trim_native_input_limit(int64_t most, int32_t as_floats);
 
 // What a step of slots with values of a type costs with the instruction set in use, in listed weights; infinite where
 // there is no such type.

@@ -116,7 +116,7 @@ class Bitmap : public Sparse {
         if (matrix_.value_type == TRIM_NATIVE_I8) {
             // Whatever the values are; finer where they are laid out. No side was checked yet.
             const std::int64_t kept = std::min(std::clamp<std::int64_t>(columns_, 0, INT32_MAX), matrix_.values_size);
-            matrix_.input_limit = trim_native_input_limit(128 * kept);
+            matrix_.input_limit = trim_native_input_limit(128 * kept, false);
         }
         const std::int64_t words = columns_ / 64 + (columns_ % 64 != 0);
         if (mask.sides.size() != 3 || mask.sides[1] != words || mask.sides[2] != 32 ||

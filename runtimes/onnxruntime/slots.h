@@ -123,7 +123,7 @@ class Slots {
             return status;
         }
         leave_out_bitmap(matrix);
-        if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(largest_sum(given));
+        if (matrix.value_type == TRIM_NATIVE_I8) matrix.input_limit = trim_native_input_limit(largest_sum(given), false);
         matrix.slot_start = slot_start_.data(), matrix.slot_start_size = starts;
         matrix.slot_columns = slot_columns_.data(), matrix.slot_columns_size = slot_start_.back();
         matrix.slot_values = slot_values_.data(), matrix.slot_values_size = static_cast<std::int64_t>(8 * steps);

@@ -204,7 +204,7 @@ struct Problem {
         scales = Array(row_scales);
         const bool scaled = quads;
         for (const std::int64_t sum : sizes) most = std::max(most, sum);
-        const std::int32_t limit = scaled ? trim_native_input_limit(most) : 0;
+        const std::int32_t limit = scaled ? trim_native_input_limit(most, true) : 0;
         const auto each = static_cast<std::int64_t>(bytes);
         matrix = {rows, columns, bitmap_rows, order.get(), order.size, mask.get(), mask.size, starts.get(), starts.size,
                   values.get(), values.size / each, slot_starts.get(), slot_starts.size, slot_columns.get(),
@@ -267,6 +267,7 @@ void check_integers(std::int64_t rows, std::int64_t columns, double density, std
     m.input_scales = input_scales.get(), m.input_scales_size = columns;
     const std::int64_t limit = m.input_limit;
     CHECK(limit == std::min<std::int64_t>(((1 << 24) - 1) / problem.most, 32767));
+    CHECK(trim_native_input_limit(problem.most, false) == std::min<std::int64_t>(0x7fffffff / problem.most, 32767));
     constexpr std::int64_t tokens = 27;
     std::vector<float> x = random_floats(tokens * columns);
     for (std::int64_t j = 0; j < columns; ++j) {
