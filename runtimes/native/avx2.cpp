@@ -174,8 +174,9 @@ struct Avx2 {
     // A window of inputs is two registers, of lower and of upper bytes, each with all 16 in both of its halves. A byte
     // shuffle looks up 32 of them, and the bytes of an input, put next to each other, are multiplied with a value that
     // is widened to 16 bits. Pairs of products are added at once.
-    static TRIM_INLINE void add_quads(const std::uint32_t* columns, const std::int8_t* values, const std::uint8_t* planes,
-                                      std::int64_t windows, std::int64_t quads, std::int32_t* sums) {
+    static TRIM_INLINE void add_quads(const std::uint32_t* columns, const std::int8_t* values,
+                                      const std::uint8_t* planes, std::int64_t windows, std::int64_t quads,
+                                      std::int32_t* sums) {
         switch (quads) {
             case 1: add_quads<1>(columns, values, planes, windows, sums); break;
             case 2: add_quads<2>(columns, values, planes, windows, sums); break;
@@ -229,7 +230,8 @@ struct Avx2 {
         const __m256i firsts = _mm256_set1_epi8(static_cast<char>(first));
         _mm256_store_si256(reinterpret_cast<__m256i*>(places), _mm256_add_epi8(found, firsts));
         const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-        const auto blank = static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(all, _mm256_setzero_si256())));
+        const __m256i zeros = _mm256_cmpeq_epi8(all, _mm256_setzero_si256());
+        const auto blank = static_cast<std::uint32_t>(_mm256_movemask_epi8(zeros));
 #pragma GCC unroll 8
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
             const std::int64_t at = i * rows.stride + rows.counts[i];
@@ -244,8 +246,11 @@ struct Avx2 {
     // Measured on Zen 4: nine to 16 tokens together cost as much as six to eight single ones; with 8-bit values as 16.
     static constexpr std::int64_t few_tokens(std::size_t value_bytes) { return value_bytes == 1 ? 16 : 8; }
 
-    // Measured on Zen 4 (`python -m benchmarks.cpu_layers.forms`); values in memory count beside instructions.
-    static constexpr double step_cost(std::size_t value_bytes) { return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 2.5; }
+    // Measured on Zen 4 (`python -m benchmarks.cpu_layers.forms`); values in memory count beside instructions: a quad takes
+    // as long as four listed weights, but as many bytes as 16.
+    static constexpr double step_cost(std::size_t value_bytes) {
+        return value_bytes == 4 ? 6 : value_bytes == 2 ? 4 : 2.5;
+    }
 
     template <typename Value>
     static constexpr auto arrangement(const Value*) { return arrange_plainly; }
@@ -288,26 +293,30 @@ struct Avx2 {
     // Of a quad the columns, a byte each: rows 0, 1, 4, 5, then 2, 3, 6, 7.
     static TRIM_INLINE __m256i quad_places(const std::uint32_t* columns) {
         const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
-        return _mm256_and_si256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
+        const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+        return _mm256_and_si256(_mm256_srlv_epi32(both, shifts), _mm256_set1_epi8(15));
     }
 
     template <std::int64_t kQuads>
-    static TRIM_INLINE void add_quads(const std::uint32_t* TRIM_RESTRICT columns, const std::int8_t* TRIM_RESTRICT values,
+    static TRIM_INLINE void add_quads(const std::uint32_t* TRIM_RESTRICT columns,
+                                      const std::int8_t* TRIM_RESTRICT values,
                                       const std::uint8_t* TRIM_RESTRICT planes, std::int64_t windows,
                                       std::int32_t* sums) {
+        constexpr std::int64_t kQuadValues = kQuadSteps * kBlockRows;
         const auto load16 = [](const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); };
         __m256i upper = _mm256_setzero_si256(), lower = upper;  // rows 0 to 3, and 4 to 7; two sums for each
         for (std::int64_t window = 0; window < windows; ++window, planes += kPlaneBytes) {
             const __m256i low = _mm256_broadcastsi128_si256(load16(planes));
             const __m256i high = _mm256_broadcastsi128_si256(load16(planes + kQuadColumns));
 #pragma GCC unroll 4
-            for (std::int64_t quad = 0; quad < kQuads; ++quad, columns += kQuadSteps, values += kQuadSteps * kBlockRows) {
+            for (std::int64_t quad = 0; quad < kQuads; ++quad, columns += kQuadSteps, values += kQuadValues) {
                 prefetch(columns, 768);
                 prefetch(values, 1536);
                 const __m256i places = quad_places(columns);
                 const __m256i low_bytes = _mm256_shuffle_epi8(low, places);
                 const __m256i high_bytes = _mm256_shuffle_epi8(high, places);
-                const __m256i first = _mm256_cvtepi8_epi16(load16(values)), last = _mm256_cvtepi8_epi16(load16(values + 16));
+                const __m256i first = _mm256_cvtepi8_epi16(load16(values));
+                const __m256i last = _mm256_cvtepi8_epi16(load16(values + kQuadValues / 2));
                 upper = _mm256_add_epi32(upper, _mm256_madd_epi16(_mm256_unpacklo_epi8(low_bytes, high_bytes), first));
                 lower = _mm256_add_epi32(lower, _mm256_madd_epi16(_mm256_unpackhi_epi8(low_bytes, high_bytes), last));
             }

@@ -89,7 +89,8 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
     }
     const bool integers = given.value_type == TRIM_NATIVE_I8;
     matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns),
-              divide_up(given.columns, integers ? kQuadColumns : kWindowColumns), given.order, divide_up(given.bitmap_rows, kGroupRows), given.mask,
+              divide_up(given.columns, integers ? kQuadColumns : kWindowColumns), given.order,
+              divide_up(given.bitmap_rows, kGroupRows), given.mask,
               given.group_start, given.values, divide_up(given.rows - given.bitmap_rows, kBlockRows), given.slot_start,
               given.slot_columns, given.slot_values, given.list_start, given.list_columns, given.list_values,
               given.scales};
@@ -275,7 +276,9 @@ std::int32_t multiply_few(const Matrix& matrix, const Decode& kernel, Cost cost,
                           const TrimNativePool& pool) {
     const std::int64_t bitmap_floats = matrix.groups ? matrix.words * kWordColumns : 0;
     const std::int64_t input_floats = bitmap_floats + (matrix.blocks ? block_floats(matrix) : 0);
-    const std::int64_t places = divide_up(matrix.groups * kGroupRows + matrix.blocks * kBlockRows, 16) * 16;  // whole lines
+    constexpr std::int64_t kLineFloats = 16;
+    const std::int64_t rows = matrix.groups * kGroupRows + matrix.blocks * kBlockRows;
+    const std::int64_t places = divide_up(rows, kLineFloats) * kLineFloats;
     const std::int64_t all = input_floats + places;
     float* const memory = reserve<Use::kProduct>(all * tokens);
     if (memory == nullptr) return TRIM_NATIVE_NO_MEMORY;
@@ -584,7 +587,8 @@ const char* trim_native_message(std::int32_t status) {
         case TRIM_NATIVE_NO_MEMORY: return "there is no memory for the scratch space";
         case TRIM_NATIVE_UNKNOWN_ISA: return "this build has no such instruction set";
         case TRIM_NATIVE_LACKS_ISA: return "this processor lacks the instruction set";
-        case TRIM_NATIVE_BAD_LIMIT: return "the limit of inputs is not between 2 and 32767, or other values than 8-bit ones have one";
+        case TRIM_NATIVE_BAD_LIMIT:
+            return "the limit of inputs is not between 2 and 32767, or other values than 8-bit ones have one";
         default: return "an unknown status";
     }
 }

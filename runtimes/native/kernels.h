@@ -22,9 +22,9 @@ namespace trim {
 constexpr std::int64_t kGroupRows = 4;
 constexpr std::int64_t kWordColumns = 64;
 constexpr std::int64_t kBlockRows = 8;
-constexpr std::int64_t kWindowColumns = 8;   // of slots
+constexpr std::int64_t kWindowColumns = 8;           // of slots
 constexpr std::int64_t kMostSteps = kWindowColumns;  // of a window: then no weight is left over
-constexpr std::int64_t kQuadColumns = 16;    // of slots of 8-bit values, whose steps come in fours
+constexpr std::int64_t kQuadColumns = 16;            // of slots of 8-bit values, whose steps come in fours
 constexpr std::int64_t kQuadSteps = 4;
 constexpr std::int64_t kPlaneBytes = 2 * kQuadColumns;  // a window of 16-bit inputs, see `arrange_integers`
 constexpr std::int64_t kGroupWordValues = kGroupRows * kWordColumns;  // the most that four mask words can keep
@@ -68,8 +68,9 @@ constexpr std::int64_t kListInputs = 65536;
 // zeros behind the last column: `for_bitmap` into words * 64 floats, `for_blocks` into as many as `block_floats` says;
 // dense matrices take them as they are. Of 8-bit values, `for_blocks` wants integers of 16 bits.
 //
-// `bitmap` and `blocks` write the sums of rows, yet without their scales, to their places in the layout, and to those that
-// fill up the last group or block too: threads that wrote rows in the order of W would write to the same cache lines.
+// `bitmap` and `blocks` write the sums of rows, yet without their scales, to their places in the layout, and to those
+// that fill up the last group or block too: threads that wrote rows in the order of W would write to the same cache
+// lines.
 // `bitmap` is false when mask and values disagree.
 struct Decode {
     void (*for_bitmap)(const float* inputs, const Matrix& matrix, float* arranged);
@@ -100,7 +101,8 @@ struct Batch {
 struct Kernels {
     const char* name;
     std::int64_t few_tokens[4];  // up to which it is faster to multiply them one by one
-    float (*round_token)(const float* inputs, std::int64_t columns, const float* scales, std::int32_t limit, float* rounded);
+    float (*round_token)(const float* inputs, std::int64_t columns, const float* scales, std::int32_t limit,
+                         float* rounded);
     double step_cost[4];  // of a step of slots, in listed weights: what decides which of the two a layout takes
     Decode decode[4];
     Batch batch[4];
@@ -197,7 +199,7 @@ void append_step(std::uint32_t columns, const Value* values, std::uint8_t first,
     }
 }
 
-// ---- quads: four slots of 8-bit values for each of eight rows --------------------------------------------------------
+// ---- quads: four slots of 8-bit values for each of eight rows ------------------------------------------------------
 
 // The column, within its window, of a slot.
 TRIM_INLINE std::uint32_t quad_column(const std::uint32_t* columns, std::int64_t row, std::int64_t slot) {

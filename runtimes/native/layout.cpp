@@ -83,7 +83,9 @@ struct Quads {
         return quad(slot) * kBlockRows + row * kQuadSteps + slot % kQuadSteps;
     }
     static std::int64_t word(std::int64_t slot, std::int64_t row) { return quad(slot) + row / 4 * 2 + row % 2; }
-    static std::int64_t shift(std::int64_t slot, std::int64_t row) { return 8 * (slot % kQuadSteps) + 4 * (row / 2 % 2); }
+    static std::int64_t shift(std::int64_t slot, std::int64_t row) {
+        return 8 * (slot % kQuadSteps) + 4 * (row / 2 % 2);
+    }
     static std::uint32_t blank(std::int64_t slot, std::int64_t last) {
         return last >= 0 ? static_cast<std::uint32_t>(last) : slot == 0 ? kQuadColumns - 1 : 0;
     }

@@ -94,7 +94,8 @@ void decode_blocks(const Matrix& matrix, Span blocks, const void* arranged, floa
     const float* TRIM_RESTRICT const inputs = static_cast<const float*>(arranged);
     const Value* const listed = static_cast<const Value*>(matrix.list_values);
     for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
-        typename Isa::BlockSums sums;  // zeros, one by one: compilers fill a whole array with an instruction that starts slowly
+        // Zeros, one by one: compilers would fill the whole with an instruction that starts slowly.
+        typename Isa::BlockSums sums;
         add_slots<Isa, Value>(matrix, block, inputs, sums);
         const std::int64_t end = matrix.list_start[block + 1];
         for (std::int64_t entry = matrix.list_start[block]; entry < end; entry += 2 * kBlockRows) {
@@ -156,7 +157,7 @@ struct PlainQuads {
                 for (std::int64_t at = 0; at < kBlockRows * kQuadSteps; ++at, ++values) {
                     const std::uint32_t column = quad_column(columns, at / kQuadSteps, at % kQuadSteps);
                     const int input = planes[column] | planes[kQuadColumns + column] << 8;
-                    add(*values * static_cast<std::int16_t>(input), sums[at / kQuadSteps]);
+                    add(*values, static_cast<std::int16_t>(input), sums[at / kQuadSteps]);
                 }
             }
         }
@@ -165,14 +166,15 @@ struct PlainQuads {
     static void add_list(const std::uint16_t* columns, const std::int8_t* values, const std::int32_t* inputs,
                          std::int64_t entries, std::int32_t* sums) {
         for (std::int64_t entry = 0; entry < entries; ++entry) {
-            add(values[entry] * inputs[columns[entry]], sums[entry % kBlockRows]);
+            add(values[entry], inputs[columns[entry]], sums[entry % kBlockRows]);
         }
     }
 
   private:
-    // Wraps around.
-    static void add(std::int32_t product, std::int32_t& sum) {
-        sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) + static_cast<std::uint32_t>(product));
+    // Wraps around, as does the product: behind the last column, inputs are anything.
+    static void add(std::int8_t value, std::int32_t input, std::int32_t& sum) {
+        const std::uint32_t product = static_cast<std::uint32_t>(value) * static_cast<std::uint32_t>(input);
+        sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) + product);
     }
 };
 

@@ -30,8 +30,8 @@
 //     columns | rows 0, 2: slot 0 | .. | rows 1, 3 | .. | rows 4, 6 | .. | rows 5, 7 | ..    lower and upper four bits
 //     values  | row 0: slot 0 | slot 1 | slot 2 | slot 3 | row 1: slot 0 | ...
 //
-// Slots that are left have a value of zero and the last column of the row in the window; where it has none there, 15 in the
-// first slot and 0 in the others. What does not fit is listed:
+// Slots that are left have a value of zero and the last column of the row in the window; where it has none there, 15 in
+// the first slot and 0 in the others. What does not fit is listed:
 //
 //              step 0                        step 1
 //     columns | row 0 | row 1 | ... | row 7 | row 0 | row 1 | ...       rising in each row; 16 bits
@@ -174,8 +174,8 @@ TRIM_NATIVE_API int32_t trim_native_lay_out(const TrimNativeRows* rows, const in
                                             const int64_t* list_start, int64_t starts_size, uint32_t* slot_columns,
                                             void* slot_values, uint16_t* list_columns, void* list_values);
 
-// The limit with which inputs are rounded least, where no row's sum of |value| is above `most`. The sum times the limit stays
-// below 2^31, as it must, and, with `as_floats` and unless that would be coarser than 8 bits, below 2^24.
+// The limit with which inputs are rounded least, where no row's sum of |value| is above `most`. The sum times the limit
+// stays below 2^31, as it must, and, with `as_floats` and unless that would be coarser than 8 bits, below 2^24.
 TRIM_NATIVE_API int32_t trim_native_input_limit(int64_t most, int32_t as_floats);
 
 // What a step of slots with values of a type costs with the instruction set in use, in listed weights; infinite where
