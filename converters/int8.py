@@ -37,22 +37,27 @@ def balance_columns(matrix: SparseMatrix) -> tuple[SparseMatrix, Tensor]:
     being taken relative to the row's, rounded to a power of two, so that no bit is lost. Scales on both sides without
     calibration are from SINQ (arXiv 2509.22944), which repeats this; here once is enough.
     """
-    scales = column_scales(matrix)
-    return divide_columns(matrix, scales), scales
+    row, column = matrix.mask.nonzero(as_tuple=True)
+    values = matrix.values.float()
+    scales = _column_scales(values, row, column, matrix.shape)
+    return SparseMatrix(matrix.mask, values / scales[column]), scales
 
 
 def column_scales(matrix: SparseMatrix) -> Tensor:
     """float32 ``[columns]``: the powers of two of `balance_columns`."""
     row, column = matrix.mask.nonzero(as_tuple=True)
-    values = matrix.values.float()
-    relative = values / _root_mean_square(values, row, matrix.shape[0])[row]
-    return _root_mean_square(relative, column, matrix.shape[1]).log2().round().clamp(-60, 60).exp2()
+    return _column_scales(matrix.values.float(), row, column, matrix.shape)
 
 
 def divide_columns(matrix: SparseMatrix, scales: Tensor) -> SparseMatrix:
     """``matrix``, in float32, with each column divided by its scale."""
     column = matrix.mask.nonzero()[:, 1]
     return SparseMatrix(matrix.mask, matrix.values.float() / scales[column])
+
+
+def _column_scales(values: Tensor, row: Tensor, column: Tensor, shape: tuple[int, int]) -> Tensor:
+    relative = values / _root_mean_square(values, row, shape[0])[row]
+    return _root_mean_square(relative, column, shape[1]).log2().round().clamp(-60, 60).exp2()
 
 
 def _root_mean_square(values: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -62,10 +62,10 @@ constexpr CompressTable make_compress_table() {
 constexpr ExpandTable kExpand = make_expand_table();
 constexpr ShuffleTable<1> kShuffle8 = make_shuffle_table<1>();
 constexpr ShuffleTable<2> kShuffle16 = make_shuffle_table<2>();
+constexpr CompressTable kCompress = make_compress_table();
+
 // For the bits that say which of four slots are not zero: how many there are up to the last of them.
 constexpr std::uint8_t kSlotsInUse[16] = {0, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4};
-
-constexpr CompressTable kCompress = make_compress_table();
 
 struct Avx2 {
     static constexpr std::int64_t kLanes = 8, kWidest = 4, kTileWords = 4;

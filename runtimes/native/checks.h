@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels.h"
 #include "trim_native.h"
 
 namespace trim {
@@ -43,6 +44,14 @@ TRIM_APART bool multiples(const std::int64_t* numbers, std::int64_t count, std::
     for (std::int64_t i = 0; i < count; ++i) bits |= numbers[i];
     return (bits & (power - 1)) == 0;
 }
+
+// The windows that values of a type have slots in, and how many steps come at a time. With a step for each column of a
+// window no weight is left over.
+struct Windows { std::int64_t columns, unit; };
+
+constexpr Windows kSingly = {kWindowColumns, 1}, kInQuads = {kQuadColumns, kQuadSteps};
+
+inline Windows windows_of(std::int32_t value_type) { return value_type == TRIM_NATIVE_I8 ? kInQuads : kSingly; }
 
 inline bool is_matrix(std::int64_t rows, std::int64_t columns, std::int32_t value_type) {
     return rows >= 1 && columns >= 1 && rows <= kMostSide && columns <= kMostSide && value_type >= TRIM_NATIVE_F32 &&

@@ -63,14 +63,16 @@ bool fits(const void* array, std::int64_t size, std::int64_t wanted, std::int64_
     return size == wanted && (wanted == 0 || aligned(array, bytes));
 }
 
-// Whether every window of a block has as many steps, and none too many. Steps come `unit` at a time.
-bool are_slots(const Matrix& matrix, std::int64_t steps, std::int64_t most, std::int64_t unit) {
+// Whether every window of a block has as many steps, and none too many.
+bool are_slots(const Matrix& matrix, std::int64_t steps, Windows windows) {
     if (!rises(matrix.slot_start, matrix.blocks, steps)) return false;
     for (std::int64_t block = 0, sound = 0; block < matrix.blocks; ++block) {
         const std::int64_t size = matrix.slot_start[block + 1] - matrix.slot_start[block];
         if (size == sound) continue;  // rows are sorted, so that most blocks are like the one before
         std::int64_t left = size;
-        for (std::int64_t step = 0; step < most && left > 0; step += unit) left -= matrix.windows * unit;
+        for (std::int64_t step = 0; step < windows.columns && left > 0; step += windows.unit) {
+            left -= matrix.windows * windows.unit;
+        }
         if (left != 0) return false;
         sound = size;
     }
@@ -88,8 +90,9 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
         return TRIM_NATIVE_NO_MATRIX;
     }
     const bool integers = given.value_type == TRIM_NATIVE_I8;
+    const Windows windows = windows_of(given.value_type);
     matrix = {given.rows, given.columns, divide_up(given.columns, kWordColumns),
-              divide_up(given.columns, integers ? kQuadColumns : kWindowColumns), given.order,
+              divide_up(given.columns, windows.columns), given.order,
               divide_up(given.bitmap_rows, kGroupRows), given.mask,
               given.group_start, given.values, divide_up(given.rows - given.bitmap_rows, kBlockRows), given.slot_start,
               given.slot_columns, given.slot_values, given.list_start, given.list_columns, given.list_values,
@@ -117,8 +120,7 @@ std::int32_t check(const TrimNativeMatrix& given, Matrix& matrix) {
     if (!below(matrix.order, matrix.rows, matrix.rows)) return TRIM_NATIVE_BAD_ORDER;
     if (!rises(matrix.group_start, matrix.groups, given.values_size - TRIM_NATIVE_TAIL)) return TRIM_NATIVE_BAD_MASK;
     if (given.slot_start == nullptr ? given.slot_columns_size != 0
-                                    : !are_slots(matrix, given.slot_columns_size, integers ? kQuadColumns : kMostSteps,
-                                                 integers ? kQuadSteps : 1)) {
+                                    : !are_slots(matrix, given.slot_columns_size, windows)) {
         return TRIM_NATIVE_BAD_MASK;
     }
     const bool lists = rises(matrix.list_start, matrix.blocks, given.list_columns_size) &&

@@ -70,8 +70,7 @@ constexpr std::int64_t kListInputs = 65536;
 //
 // `bitmap` and `blocks` write the sums of rows, yet without their scales, to their places in the layout, and to those
 // that fill up the last group or block too: threads that wrote rows in the order of W would write to the same cache
-// lines.
-// `bitmap` is false when mask and values disagree.
+// lines. `bitmap` is false when mask and values disagree.
 struct Decode {
     void (*for_bitmap)(const float* inputs, const Matrix& matrix, float* arranged);
     bool (*bitmap)(const Matrix& matrix, Span groups, const float* arranged, float* totals);

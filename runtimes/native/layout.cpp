@@ -28,14 +28,6 @@ std::int32_t check(const TrimNativeRows* given, const std::int64_t* slot_start, 
     return below(given->order, given->order_size, rows) ? TRIM_NATIVE_OK : TRIM_NATIVE_BAD_ORDER;
 }
 
-// The windows that values of a type have slots in, and how many steps come at a time.
-struct Windows { std::int64_t columns, unit; };
-
-constexpr Windows kSingly = {kWindowColumns, 1}, kInQuads = {kQuadColumns, kQuadSteps};
-constexpr std::int64_t kMostOfAny = kQuadColumns;
-
-Windows windows_of(const TrimNativeRows& rows) { return rows.value_type == TRIM_NATIVE_I8 ? kInQuads : kSingly; }
-
 // Bit j: whether column j of the eight, or fewer, is kept.
 std::uint32_t kept_of_eight(const std::uint8_t* mask, std::int64_t columns) {
     std::uint64_t bytes = 0;
@@ -51,7 +43,7 @@ std::uint32_t kept_in_window(const std::uint8_t* mask, std::int64_t columns, Win
 }
 
 // Weights of a row that do not fit into its slots, for each number of steps a window.
-struct Overflow { std::int64_t entries[kMostOfAny + 1]; };
+struct Overflow { std::int64_t entries[kQuadColumns + 1]; };
 
 Overflow overflow(const TrimNativeRows& rows, Windows windows, std::int32_t row) {
     const std::uint8_t* const mask = rows.mask + row * rows.columns;
@@ -187,7 +179,7 @@ std::int32_t trim_native_plan(const TrimNativeRows* given, double step_cost, std
     using namespace trim;
     if (const std::int32_t status = check(given, slot_start, list_start, starts_size)) return status;
     const bool listable = given->columns <= kListInputs;
-    const Windows windows = windows_of(*given);
+    const Windows windows = windows_of(given->value_type);
     const std::int64_t count = divide_up(given->columns, windows.columns), most = windows.columns;
     slot_start[0] = list_start[0] = 0;
     for (std::int64_t block = 0; block + 1 < starts_size; ++block) {

@@ -222,13 +222,13 @@ class NativeMatrix:
         width = _QUAD_WINDOW if in_quads else _WINDOW
         block = torch.repeat_interleave(self.slot_start.diff())
         steps = self.slot_start.diff()[block] // -(-self.columns // width)
-        window = (torch.arange(len(block)) - self.slot_start[block]) // steps
+        within = torch.arange(len(block)) - self.slot_start[block]
+        window, slot = within // steps, within % steps
         if in_quads:
             columns, values = self._quads()
             before = columns.roll(1, dims=0)
-            first = (torch.arange(len(block)) - self.slot_start[block]) % steps == 0
             none = (columns == width - 1) & (columns.roll(-1, dims=0) == 0)
-            kept = torch.where(first[:, None], ~none, columns > before)
+            kept = torch.where((slot == 0)[:, None], ~none, columns > before)
         else:
             columns = self.slot_columns[:, None] >> torch.arange(0, 4 * BLOCK, 4) & 15
             values, kept = self.slot_values.reshape(-1, BLOCK), columns < width

@@ -94,6 +94,8 @@ class Sparse : public Constants {
     }
 
   protected:
+    static constexpr std::int64_t kMostColumns = 65536;  // that lists can name
+
     void lay_out(const TrimNativeRows& rows) { refuse_status(slots_.lay_out(matrix_, rows)); }
 
     TrimNativeMatrix matrix_{};
@@ -153,7 +155,7 @@ class Bitmap : public Sparse {
     // To slots and lists, where they are of use; else the file's layout is as good as another. A matrix that keeps next to
     // nothing would be all lists, and takes more memory on the way than its file has bytes.
     void prepare() override {
-        constexpr std::int64_t kLeastDensity = 64, kMostColumns = 65536;
+        constexpr std::int64_t kLeastDensity = 64;
         if (std::isfinite(trim_native_step_cost(matrix_.value_type)) && columns_ <= kMostColumns &&
             rows_ * columns_ <= kLeastDensity * matrix_.values_size) {
             const Rows rows(matrix_);
@@ -172,7 +174,7 @@ class Csr : public Sparse {
   public:
     static constexpr const char* kName = "SparseMatMulCsr";
     static constexpr std::size_t kInputs = 4, kStructure = 1;
-    static constexpr std::int64_t kRun = 64, kMostColumns = 65536;
+    static constexpr std::int64_t kRun = 64;
 
     Csr(const Api& api, const KernelInfo* info) : Sparse(api, info) {
         const Tensor gaps = read_constant(api, info, 1, "gaps", kUInt8);
